@@ -1,0 +1,66 @@
+"""Train transformers and timm models so that they can be pruned afterwards in one shot.
+
+Importing this package is cheap: public names are loaded when they are first used, and the models that timm lacks are
+registered by a hook that runs when timm is imported (at once if it is loaded already).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "patterns": ("NM", "Pattern", "Unstructured", "parse_pattern"),
+    "targets": ("Target", "find_targets"),
+    "calibration": ("recalibrate_batch_norm",),
+    "oneshot": ("CompressionReport", "LayerReport", "compress"),
+    "family": ("Family", "Variant", "build_family", "load_family"),
+    "training": ("CompressionArguments", "CompressionMixin"),
+    "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
+}
+_ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *sorted(_ROOM_OF)]
+
+if TYPE_CHECKING:
+    from .calibration import recalibrate_batch_norm as recalibrate_batch_norm
+    from .family import Family as Family
+    from .family import Variant as Variant
+    from .family import build_family as build_family
+    from .family import load_family as load_family
+    from .methods.cram import CrAM as CrAM
+    from .methods.cram import CrAMConfig as CrAMConfig
+    from .methods.cram import CrAMMixin as CrAMMixin
+    from .methods.cram import CrAMTrainer as CrAMTrainer
+    from .oneshot import CompressionReport as CompressionReport
+    from .oneshot import LayerReport as LayerReport
+    from .oneshot import compress as compress
+    from .patterns import NM as NM
+    from .patterns import Pattern as Pattern
+    from .patterns import Unstructured as Unstructured
+    from .patterns import parse_pattern as parse_pattern
+    from .targets import Target as Target
+    from .targets import find_targets as find_targets
+    from .training import CompressionArguments as CompressionArguments
+    from .training import CompressionMixin as CompressionMixin
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'hf_compress' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+@wrapt.when_imported("timm.models")
+def _register_models(_: Any) -> None:
+    importlib.import_module(".models", __name__)

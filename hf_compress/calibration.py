@@ -1,0 +1,87 @@
+"""Batch-norm statistics after compression: pruned weights give other activations than the ones recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samples: int = 1000) -> int:
+    """Replace the running statistics of every batch norm by averages over training data, as CrAM does after pruning.
+
+    Each batch counts the same, no weight changes, and only the batch norms see training mode: dropout stays off.
+
+    Args:
+        model: on its device; nothing happens where it has no batch norm with running statistics.
+        dataloader: batches of training data: a mapping of keyword arguments of the model, a tuple or list whose first
+            entry is the input, or the input itself.
+        num_samples: how many samples to use at most; the last batch is cut to fit.
+
+    Returns:
+        The number of samples used, 0 without batch norm.
+
+    Raises:
+        ValueError: if there is batch norm and no data. The statistics are then what they were.
+
+    Source: batch-norm tuning of CrAM (Peste et al., ICLR 2023); a plain average stands for its moving one.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
+    was_training = {m: m.training for m in model.modules()}
+    momenta = [n.momentum for n in norms]
+    buffers = [{k: b.clone() for k, b in n.named_buffers(recurse=False)} for n in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    try:
+        used = _forward_samples(model, dataloader, num_samples)
+    except BaseException:
+        for norm, saved in zip(norms, buffers, strict=True):
+            for name, value in saved.items():
+                norm.get_buffer(name).copy_(value)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in was_training.items():
+            module.training = training
+    return used
+
+
+def _forward_samples(model: nn.Module, dataloader: Iterable[Any], num_samples: int) -> int:
+    device = next(model.parameters()).device
+    used = 0
+    for batch in dataloader:
+        if used >= num_samples:
+            break
+        inputs = _first(batch, num_samples - used, device)
+        if isinstance(inputs, dict):
+            model(**inputs)
+        else:
+            model(inputs)
+        used += _batch_size(inputs)
+    if not used:
+        raise ValueError("no calibration data: the data loader gave no batch; pass some training data")
+    return used
+
+
+def _first(batch: Any, count: int, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {k: v[:count].to(device) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    return batch[:count].to(device)
+
+
+def _batch_size(inputs: Any) -> int:
+    if isinstance(inputs, dict):
+        return next(v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim)
+    return inputs.shape[0]

@@ -1,0 +1,202 @@
+"""Cut variants from a model, and measure each one as it is loaded back from disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration import recalibrate_batch_norm
+from ..distributed import is_main_process, run_on_main
+from ..oneshot import CompressionReport, compress
+from ..patterns import Pattern, Unstructured, parse_pattern
+from ..targets import unwrap
+from .footprint import count_macs, count_parameters, disk_bytes
+from .latency import measure_latency
+from .manifest import Family, commit_folder, load_family, start_folder, write_manifest
+from .plots import plot_family
+from .variant import Variant
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+
+
+def build_family(
+    model: nn.Module,
+    patterns: Sequence[str | Pattern],
+    evaluate: Evaluate | None = None,
+    calibration_data: Iterable[Any] | None = None,
+    output_dir: str | Path = "family",
+    *,
+    calibration_samples: int = 1000,
+    example_inputs: Mapping[str, Any] | None = None,
+    method: str = "one_shot",
+    task: str | None = None,
+    recipe: dict[str, Any] | None = None,
+    processing_class: Any = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    progress: Callable[[Variant], None] | None = None,
+) -> Family:
+    """Save a model and variants of it, each cut in one shot from the saved dense checkpoint, with measured numbers.
+
+    The folder appears when everything is in it: dense/, a folder for each variant, plots/ and family.json with the
+    hash of every file. With several processes all of them call this; rank 0 writes, all evaluate.
+
+    Args:
+        model: with `save_pretrained` and `from_pretrained`; it is not changed.
+        patterns: such as ["unstructured:0.9", "2:4"].
+        evaluate: takes a model in eval mode on the device of `model`, returns its metrics, the main one first.
+        calibration_data: batches of training data (iterated anew for every variant) for batch-norm statistics.
+        output_dir: a new folder, an empty one, or an older family that is replaced at the end.
+        calibration_samples: how many samples to take at most.
+        example_inputs: keyword arguments of the model for MACs and latency; the first sample of `calibration_data`
+            by default.
+        method: that trained the model.
+        task: such as "image-classification".
+        recipe: how the model was trained; JSON.
+        processing_class: tokenizer or image processor, saved with every checkpoint.
+        include: globs on names, see `find_targets`.
+        exclude: globs on names, see `find_targets`.
+        progress: called with every variant when it is done, the dense checkpoint first.
+
+    Raises:
+        ValueError: for a wrong pattern, two with one revision, a model that cannot be saved, or a folder that holds
+            something else. Nothing is left behind then.
+    """
+    model = unwrap(model)
+    if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
+        raise ValueError(
+            f"{type(model).__name__} has no save_pretrained and from_pretrained; give a transformers model "
+            "(a timm model in TimmWrapperForImageClassification)"
+        )
+    if isinstance(calibration_data, Iterator):
+        raise ValueError("calibration_data is an iterator, which the first variant would use up; give a DataLoader")
+    if example_inputs is None and calibration_data is not None:
+        example_inputs = _first_sample(calibration_data)
+    cut = _distinct(patterns)
+    target = Path(output_dir).absolute()
+    partial = run_on_main(lambda: start_folder(target))
+    job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
+    job.processing_class, job.include, job.exclude = processing_class, include, exclude
+    try:
+        checkpoints: list[Variant] = []
+        for pattern in (None, *cut):
+            checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None))
+            if progress is not None:
+                progress(checkpoints[-1])
+        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        dense, variants = checkpoints[0], tuple(checkpoints[1:])
+        family = Family(partial, method, task, base_model, dense, variants, recipe or {}, _versions(), files={})
+        run_on_main(lambda: _finish(family, target))
+    except BaseException:
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return load_family(target)
+
+
+@dataclass
+class _Job:
+    """What is the same for all checkpoints of a family."""
+
+    model: Any
+    folder: Path
+    evaluate: Evaluate | None
+    calibration_data: Iterable[Any] | None
+    calibration_samples: int
+    example_inputs: Mapping[str, Any] | None
+    processing_class: Any = None
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+
+    def checkpoint(self, pattern: Pattern | None, dense: Variant | None) -> Variant:
+        """Write one checkpoint (the dense one without pattern), load it back and measure it."""
+        name = pattern.revision if pattern else "dense"
+        report: CompressionReport = run_on_main(lambda: self._write(name, pattern))
+        loaded = self._load(name)
+        metrics: dict[str, float] = {}
+        if self.evaluate is not None:
+            with torch.no_grad():
+                metrics = {k: float(v) for k, v in self.evaluate(loaded).items()}
+        numbers = run_on_main(lambda: self._measure(name, loaded))
+        return Variant(
+            pattern=str(pattern) if pattern else None,
+            revision=name if pattern else "main",
+            path=name,
+            made_by="one_shot" if pattern else "trained",
+            storage="dense",
+            loads_with=_loads_with(loaded),
+            metrics=metrics,
+            sparsity=report.sparsity,
+            skipped=report.skipped,
+            parameters_removed=dense.parameters - numbers["parameters"] if dense else 0,
+            **numbers,
+        )
+
+    def _load(self, name: str) -> Any:
+        loaded = type(self.model).from_pretrained(self.folder / name, dtype="auto")
+        return loaded.to(next(self.model.parameters()).device).eval()
+
+    def _write(self, name: str, pattern: Pattern | None) -> CompressionReport:
+        model = self.model if pattern is None else self._load("dense")
+        if pattern is not None:
+            report = compress(model, pattern, self.include, self.exclude)
+            if self.calibration_data is not None:
+                recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
+        model.save_pretrained(self.folder / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(self.folder / name)
+        if pattern is None:  # a share of 0 changes nothing and counts the zeros
+            report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
+        return report
+
+    def _measure(self, name: str, loaded: Any) -> dict[str, Any]:
+        raw, compressed = disk_bytes(self.folder / name)
+        parameters, nonzero = count_parameters(loaded)
+        numbers = {"bytes": raw, "compressed_bytes": compressed, "parameters": parameters, "nonzero": nonzero}
+        if self.example_inputs is None:
+            return numbers
+        device = next(loaded.parameters()).device
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.example_inputs.items()}
+        latency = measure_latency(loaded, self._load("dense"), inputs)
+        return {**numbers, "macs": count_macs(loaded, inputs), "latency": latency}
+
+
+def _finish(family: Family, target: Path) -> None:
+    plot_family(family, family.folder / "plots" / "sparsity")
+    write_manifest(family)
+    commit_folder(family.folder, target)
+
+
+def _distinct(patterns: Sequence[str | Pattern]) -> list[Pattern]:
+    parsed: dict[str, Pattern] = {}
+    for pattern in map(parse_pattern, [patterns] if isinstance(patterns, (str, Pattern)) else patterns):
+        if pattern.revision in parsed:
+            other = parsed[pattern.revision]
+            raise ValueError(f"patterns {other} and {pattern} have the same revision {pattern.revision}; keep one")
+        parsed[pattern.revision] = pattern
+    return list(parsed.values())
+
+
+def _first_sample(batches: Iterable[Any]) -> dict[str, Any] | None:
+    batch = next(iter(batches), None)
+    if not isinstance(batch, Mapping):
+        return None
+    labels = ("labels", "label", "label_ids")
+    return {k: v[:1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items() if k not in labels}
+
+
+def _loads_with(model: nn.Module) -> str:
+    ours = any(type(m).__module__.split(".")[0] == "hf_compress" for m in model.modules())
+    return "hf_compress" if ours else "transformers"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("hf_compress", "torch", "transformers", "timm", "datasets", "accelerate")
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,156 @@
+"""family.json: what a family holds, with a hash for every file. It is written last; a folder without it is none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..patterns import Pattern, parse_pattern
+from .variant import Variant
+
+MANIFEST = "family.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """The dense checkpoint, its variants, and how they came to be.
+
+    Attributes:
+        folder: where it lies.
+        method: that trained the dense checkpoint, "one_shot" for none.
+        task: such as "image-classification", None if unknown.
+        base_model: that the training started from, None for none.
+        dense: the dense checkpoint.
+        variants: in the order in which they were asked for.
+        recipe: how the dense checkpoint was trained.
+        versions: of the packages that built it.
+        files: relative path to SHA-256, for all files but the manifest.
+    """
+
+    folder: Path
+    method: str
+    task: str | None
+    base_model: str | None
+    dense: Variant
+    variants: tuple[Variant, ...]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    def __getitem__(self, pattern: str | Pattern) -> Variant:
+        """The variant of a pattern ("2:4") or of a revision ("nm-2of4")."""
+        for variant in self.variants:
+            if pattern in (variant.pattern, variant.revision) or variant.pattern == _canonical(pattern):
+                return variant
+        raise KeyError(f"no variant {str(pattern)!r}; there are: {', '.join(str(v.pattern) for v in self.variants)}")
+
+    def path_to(self, variant: str | Pattern | Variant) -> Path:
+        """The folder of a variant, which `from_pretrained` takes."""
+        return self.folder / (variant if isinstance(variant, Variant) else self[variant]).path
+
+
+def load_family(folder: str | Path) -> Family:
+    """Read a family from its folder and verify every file.
+
+    Raises:
+        ValueError: if there is no manifest, it cannot be understood, or a file is missing or differs from its hash.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} holds no {MANIFEST}, so it is no family or was never finished; "
+            "build one with build_family or hf-compress"
+        )
+    try:
+        family = _parse(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is no manifest of a family: {error!r}") from error
+    for name, digest in family.files.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != digest:
+            problem = "differs from its hash" if path.is_file() else "is missing"
+            raise ValueError(f"{name} {problem}: {folder} is incomplete or was edited; build or download it again")
+    return family
+
+
+def write_manifest(family: Family) -> None:
+    """Hash all files of the folder and write the manifest beside them."""
+    content = asdict(family)
+    del content["folder"]
+    files = sorted(p for p in family.folder.rglob("*") if p.is_file())
+    content["files"] = {p.relative_to(family.folder).as_posix(): sha256(p) for p in files}
+    text = json.dumps({"schema": SCHEMA, **content}, indent=2) + "\n"
+    (family.folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def start_folder(target: Path) -> Path:
+    """A new folder beside `target`, to be filled and committed.
+
+    Raises:
+        ValueError: if `target` is something else than an empty folder or an older family, or cannot be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; choose a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ValueError(f"{target} is not empty and holds no family; choose another folder")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {target.parent}: {error.strerror}; choose another output folder") from error
+    return partial
+
+
+def commit_folder(partial: Path, target: Path) -> None:
+    """Flush everything to disk and put the new folder in the place of `target`; an older one goes last."""
+    for path in [*(p for p in partial.rglob("*")), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> Family:
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{folder / MANIFEST} has schema {content['schema']!r}, this version reads {SCHEMA}")
+    family = Family(
+        folder=folder,
+        dense=_variant(content["dense"]),
+        variants=tuple(_variant(v) for v in content["variants"]),
+        **{k: content[k] for k in ("method", "task", "base_model", "recipe", "versions", "files")},
+    )
+    for name in [*family.files, *(v.path for v in (family.dense, *family.variants))]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise ValueError(f"{folder / MANIFEST} names {name!r}, which is not inside the folder")
+    return family
+
+
+def _variant(content: dict[str, Any]) -> Variant:
+    return Variant(**{f.name: content[f.name] for f in fields(Variant)})
+
+
+def _canonical(pattern: str | Pattern) -> str | None:
+    try:
+        return str(parse_pattern(pattern))
+    except ValueError:
+        return None

@@ -1,0 +1,62 @@
+"""The picture of a family: its metric over sparsity, with the dense checkpoint as a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .manifest import Family
+from .variant import Variant
+
+_INK, _QUIET, _LINE, _POINT = "#1a1a1a", "#8a8a8a", "#2a6fbb", "#d1603d"
+
+
+def main_metric(metrics: dict[str, float]) -> str | None:
+    """The metric that a family is judged by: the first that is neither loss nor timing."""
+    timing = ("loss", "runtime", "samples_per_second", "steps_per_second")
+    return next((name for name in metrics if not name.endswith(timing)), None)
+
+
+def plot_family(family: Family, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg.
+
+    Returns:
+        The two paths; none where the family has no metric.
+    """
+    metric = main_metric(family.dense.metrics)
+    variants = [v for v in family.variants if metric in v.metrics]
+    if metric is None or not variants:
+        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw(axes, family, variants, metric)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    figure.savefig(paths[0], dpi=160, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _draw(axes, family: Family, variants: list[Variant], metric: str) -> None:  # type: ignore[no-untyped-def]
+    dense = family.dense.metrics[metric]
+    curve = sorted((v for v in variants if v.revision.startswith("unstructured")), key=lambda v: v.sparsity)
+    others = [v for v in variants if v not in curve]
+    axes.axhline(dense, color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label=f"dense, {dense:.3f}", zorder=1)
+    if curve:
+        x, y = [100 * v.sparsity for v in curve], [v.metrics[metric] for v in curve]
+        axes.plot(x, y, color=_LINE, marker="o", markersize=5, linewidth=2, label="unstructured", zorder=2)
+    if others:
+        x, y = [100 * v.sparsity for v in others], [v.metrics[metric] for v in others]
+        axes.plot(x, y, color=_POINT, marker="D", markersize=6, linestyle="none", label="N:M", zorder=3)
+        for variant, right, top in zip(others, x, y, strict=True):
+            axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
+    axes.set_xlabel("zeros in the compressed weights, %", color=_INK)
+    axes.set_ylabel(metric.replace("_", " "), color=_INK)
+    axes.set_title(f"One {family.method} run, pruned in one shot", loc="left", color=_INK, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="lower left")

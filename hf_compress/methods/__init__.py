@@ -1,0 +1,1 @@
+"""How training prepares the weights for patterns: one room for each method."""

@@ -1,0 +1,106 @@
+"""CrAM in the Trainer: a second sweep over the accumulation window, and nothing of the loop is overridden."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ...training import CompressionMixin
+from .config import CrAMConfig
+from .optimizer import CrAM
+
+
+class CrAMMixin(CompressionMixin):
+    """Makes any `Trainer` class train with CrAM: `class MyCrAMTrainer(CrAMMixin, MyTrainer)`.
+
+    `training_step` of the class behind it runs twice for every batch. The log gets "compressed_loss" beside "loss".
+    """
+
+    method = "cram"
+    config_class = CrAMConfig
+    _window: list[Any]
+    _compressed_loss: torch.Tensor | None = None
+    _num_second_sweeps = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, wrapped in `CrAM`."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "CrAM cannot see single weights under DeepSpeed and FSDP; "
+                "launch it on one process or with DistributedDataParallel (accelerate launch --multi_gpu)"
+            )
+        optimizer = super().create_optimizer(model)
+        if not isinstance(getattr(optimizer, "optimizer", optimizer), CrAM) and not isinstance(optimizer, CrAM):
+            args = self.args
+            self.optimizer = CrAM(
+                optimizer,
+                self.accelerator.unwrap_model(self.model),
+                patterns=args.patterns,
+                rho=args.rho,
+                plus=args.plus,
+                mask_gradient=args.mask_gradient,
+                include=args.include,
+                exclude=args.exclude,
+                seed=args.seed,
+            )
+        return self.optimizer
+
+    @property
+    def cram(self) -> CrAM:
+        """The `CrAM` optimizer, without what Accelerate wraps around it."""
+        return self.optimizer if isinstance(self.optimizer, CrAM) else self.optimizer.optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Remembers the batches of the accumulation window, which the second sweep replays."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._window = batches
+        return batches, num_items
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The first sweep's step; the last one of a window is followed by the whole second sweep."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and not self.cram.is_identity:
+            self._second_sweep(model, num_items_in_batch)
+        return loss
+
+    def _second_sweep(self, model: Any, num_items_in_batch: Any) -> None:
+        scale = 1.0
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.get_scale()
+            if not self._gradients_are_finite():
+                return  # an overflow: the scaler skips this step
+        with self.cram.compressed(grad_scale=scale):
+            for i, batch in enumerate(self._window):
+                is_last = i == len(self._window) - 1
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = super().training_step(model, batch, num_items_in_batch)
+                self._compressed_loss = loss if self._compressed_loss is None else self._compressed_loss + loss
+        self._num_second_sweeps += 1
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean loss at compressed weights since the last log, over all ranks."""
+        if "loss" in logs and self._compressed_loss is not None:
+            total = self.accelerator.reduce(self._compressed_loss, reduction="mean")
+            logs["compressed_loss"] = total.item() / self._num_second_sweeps
+            self._compressed_loss, self._num_second_sweeps = None, 0
+        super().log(logs, *args, **kwargs)
+
+
+class CrAMTrainer(CrAMMixin, Trainer):
+    """`transformers.Trainer` that trains with CrAM; takes a `CrAMConfig` as `args`, everything else as usual.
+
+    After `train()`, `build_family` cuts variants from the one dense model:
+
+    ```python
+    trainer = CrAMTrainer(model=model, args=CrAMConfig("out", rho=0.05), train_dataset=..., eval_dataset=...)
+    trainer.train()
+    family = trainer.build_family(["unstructured:0.5", "unstructured:0.9", "2:4"])
+    ```
+    """

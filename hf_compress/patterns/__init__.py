@@ -1,0 +1,9 @@
+"""What a compressed weight looks like. A pattern is a pure function of tensors and never changes a shape."""
+
+from __future__ import annotations
+
+from .base import Pattern, parse_pattern
+from .n_m import NM
+from .unstructured import Unstructured
+
+__all__ = ["NM", "Pattern", "Unstructured", "parse_pattern"]

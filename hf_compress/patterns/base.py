@@ -1,0 +1,146 @@
+"""The interface of all patterns, and their text form."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, ClassVar
+
+import torch
+
+from ..targets import Target
+
+Weights = Mapping[str, Target | torch.Tensor]
+
+
+class Pattern(ABC):
+    """What a compressed weight looks like.
+
+    `str(pattern)` is its canonical text and `parse_pattern` reads it back. Weights are given as a mapping from names
+    to `Target` or to plain tensors, which count as (out, in, ...).
+    """
+
+    forms: ClassVar[str]  # the texts that it is written in, for error messages
+    _kinds: ClassVar[list[type[Pattern]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Pattern._kinds.append(cls)
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Pattern | None:
+        """The pattern that `text` means, None if it is of another kind; ValueError if it is of this kind but wrong."""
+
+    @property
+    @abstractmethod
+    def revision(self) -> str:
+        """The text as a git revision and a folder name, such as "unstructured-0.90"."""
+
+    @abstractmethod
+    def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
+        """Masks of the compressed weights, unchecked: what `masks` returns, for training steps.
+
+        On an accelerator this never waits for the device.
+        """
+
+    def skip_reason(self, target: Target) -> str | None:
+        """Why this pattern leaves a weight dense, None if it does not."""
+        return None
+
+    def masks(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Bool tensors by name, each of its weight's shape: True is kept. Weights that are skipped are all True.
+
+        Raises:
+            ValueError: if a weight is NaN, complex or integer; the message names it.
+        """
+        return self.select(_checked(weights))
+
+    @torch.no_grad()
+    def project_(self, weights: Weights) -> None:
+        """Write the compressed values in place: CrAM's operator C.
+
+        Raises:
+            ValueError: if a weight is NaN, complex or integer; no weight has been changed then.
+        """
+        targets = _checked(weights)
+        for name, mask in self.select(targets).items():
+            apply_mask_(targets[name].parameter, mask)
+
+
+def apply_mask_(weight: torch.Tensor, mask: torch.Tensor) -> None:
+    """Write zeros where the mask is False. A product would keep NaN and infinity."""
+    weight.masked_fill_(mask.logical_not(), 0)
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """The pattern that a text means: "unstructured:0.9", "unstructured:0.9:layer", "2:4".
+
+    Raises:
+        ValueError: for any other text, naming what is allowed, and for the integer that YAML makes of a bare 2:4.
+    """
+    if isinstance(text, Pattern):
+        return text
+    forms = ", ".join(kind.forms for kind in Pattern._kinds)
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 60:
+        meant = f'"{text // 60}:{text % 60}"'
+        raise ValueError(f"{text} is no pattern: YAML reads a bare n:m as a number to the base 60; write {meant}")
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no pattern; allowed: {forms}")
+    for kind in Pattern._kinds:
+        pattern = kind.parse(text.strip())
+        if pattern is not None:
+            return pattern
+    raise ValueError(f"{text!r} is no pattern; allowed: {forms}")
+
+
+def parse_share(text: str, forms: str) -> float:
+    """The share removed, in decimal notation; ValueError for anything else."""
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", text):
+        raise ValueError(f"{text!r} is no share; allowed: {forms}")
+    return float(text)
+
+
+def check_share(share: Any, forms: str) -> float:
+    """`share` as a float in [0, 1); ValueError otherwise."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ValueError(f"the share removed must be at least 0 and below 1, got {share!r}; allowed: {forms}")
+    return float(share) + 0.0  # -0.0 becomes 0.0
+
+
+def format_share(share: float) -> str:
+    """The shortest decimal that reads back as the same number, never in exponents."""
+    return format(Decimal(repr(share)), "f").removesuffix(".0")
+
+
+def revision_share(share: float) -> str:
+    """The same with at least two decimals, so that revisions sort and look alike."""
+    whole, _, decimals = format_share(share).partition(".")
+    return f"{whole}.{decimals:0<2}"
+
+
+def count_pruned(share: float, total: int) -> int:
+    """floor(share * total) of the decimal share: 0.7 of 10 is 7, whatever a float product says."""
+    return math.floor(Decimal(repr(share)) * total)
+
+
+def as_target(weight: Target | torch.Tensor) -> Target:
+    """A plain tensor counts as the weight of a layer that reduces over dimension 1 (0 for a vector)."""
+    return weight if isinstance(weight, Target) else Target(weight, min(1, max(weight.ndim - 1, 0)), "tensor")
+
+
+def _checked(weights: Weights) -> dict[str, Target]:
+    targets = {name: as_target(weight) for name, weight in weights.items()}
+    for name, target in targets.items():
+        weight = target.parameter
+        if not weight.is_floating_point():
+            raise ValueError(f"weight {name!r} has dtype {weight.dtype}; patterns need floating-point weights")
+        if torch.isnan(weight.detach()).any():
+            raise ValueError(
+                f"weight {name!r} holds NaN, so its magnitudes have no order; "
+                "look for a diverged run or a broken checkpoint"
+            )
+    return targets

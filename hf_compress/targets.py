@@ -1,0 +1,124 @@
+"""Which weights of a model a pattern may touch, and along which axis they reduce."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that may be compressed.
+
+    Attributes:
+        parameter: the weight. Linear (out, in), ConvNd (out, in / groups, *kernel), Hugging Face Conv1D (in, out).
+        reduction_dim: the dimension that the layer sums over, where groups of an N:M pattern lie.
+        kind: "linear", "conv" or "conv1d" (Hugging Face Conv1D, as in GPT-2).
+    """
+
+    parameter: torch.Tensor
+    reduction_dim: int
+    kind: str
+
+
+def find_targets(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, Target]:
+    """The weights of Linear, ConvNd and Hugging Face Conv1D layers, in the order of the model.
+
+    Left out: weights tied to an embedding, and the task head unless the model is a convolutional net. A weight that
+    is used twice is found once, under its first name.
+
+    Args:
+        model: any module; wrappers (DistributedDataParallel, torch.compile) are looked through.
+        include: globs on names such as "encoder.*.weight". When given, they replace the default choice: a head that
+            they match is a target.
+        exclude: globs on names; what they match is never a target.
+
+    Returns:
+        Name of the parameter to `Target`.
+
+    Raises:
+        ValueError: if a glob matches no weight that could be a target.
+    """
+    model = unwrap(model)
+    candidates = dict(_candidates(model))
+    for option, globs in (("include", include), ("exclude", exclude)):
+        for glob in [globs] if isinstance(globs, str) else globs or ():
+            if not any(_matches(name, [glob]) for name in candidates):
+                raise ValueError(
+                    f"{option}={glob!r} matches no weight of a Linear, Conv or Conv1D layer; "
+                    f"there are: {', '.join(list(candidates)[:8])}{', ...' if len(candidates) > 8 else ''}"
+                )
+    if include is None:
+        head = set() if _is_convolutional_net(model) else _head_parameters(model)
+        chosen = {n: t for n, t in candidates.items() if id(t.parameter) not in head}
+    else:
+        chosen = {n: t for n, t in candidates.items() if _matches(n, include)}
+    return {n: t for n, t in chosen.items() if exclude is None or not _matches(n, exclude)}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
+    seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    for name, module in model.named_modules():
+        kind, reduction_dim = _kind_of(module)
+        if not kind:
+            continue
+        weight = module._parameters.get("weight")  # a parametrized weight is no parameter of its module
+        if weight is None or id(weight) in seen or not weight.is_floating_point():
+            continue
+        seen.add(id(weight))
+        yield (f"{name}.weight" if name else "weight"), Target(weight, reduction_dim, kind)
+
+
+def _kind_of(module: nn.Module) -> tuple[str, int]:
+    if isinstance(module, nn.Linear):
+        return "linear", 1
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "conv", 1
+    # Only a process that has imported transformers can hold such a layer, and this room must not import it.
+    conv1d: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    return ("conv1d", 0) if isinstance(module, conv1d) else ("", 0)
+
+
+def _matches(name: str, globs: str | Sequence[str]) -> bool:
+    names = (name, name.removesuffix(".weight"))
+    return any(fnmatch.fnmatchcase(n, g) for g in ([globs] if isinstance(globs, str) else globs) for n in names)
+
+
+def _is_convolutional_net(model: nn.Module) -> bool:
+    has_convolution = any(isinstance(m, (nn.Conv2d, nn.Conv3d)) for m in model.modules())
+    return has_convolution and not any("attention" in type(m).__name__.lower() for m in model.modules())
+
+
+def _head_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters behind the backbone: of transformers models, and of timm's."""
+    inner = getattr(model, "timm_model", model)  # TimmWrapperForImageClassification
+    if callable(getattr(inner, "get_classifier", None)):
+        classifier = inner.get_classifier()
+        return {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
+    head: set[int] = set()
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        head = {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
+    if callable(getattr(model, "get_output_embeddings", None)):
+        output = model.get_output_embeddings()
+        head |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
+    return head

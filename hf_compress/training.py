@@ -1,0 +1,175 @@
+"""What the trainers of all methods share: arguments, and a family cut from the model that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from transformers import TrainingArguments
+
+from .family import Family, Variant, build_family
+from .patterns import Pattern, parse_pattern
+from .targets import find_targets
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
+
+
+@dataclass
+class CompressionArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and what all methods share.
+
+    Args:
+        variants: patterns that `build_family` cuts from the trained model, and the command line at the end of a run.
+        include: globs on names of weights that patterns may touch, in place of the default choice.
+        exclude: globs on names of weights that patterns must not touch.
+        calibration_samples: training samples for the batch-norm statistics of each variant.
+    """
+
+    variants: list[str] | None = field(
+        default=None, metadata={"help": "Patterns to cut from the trained model, such as unstructured:0.9 and 2:4."}
+    )
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Globs on names of weights that patterns may touch."}
+    )
+    exclude: list[str] | None = field(
+        default=None, metadata={"help": "Globs on names of weights that patterns must not touch."}
+    )
+    calibration_samples: int = field(
+        default=1000, metadata={"help": "Training samples for the batch-norm statistics of each variant."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variants is not None:
+            self.variants = [str(parse_pattern(p)) for p in self.variants]
+        if self.calibration_samples < 1:
+            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+
+
+class CompressionMixin(_TrainerBase):
+    """Goes before a `Trainer` class. Methods derive from it and set `method` and `config_class`."""
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[CompressionArguments]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__} as `args`, "
+                f"got {type(self.args).__name__}; every field of TrainingArguments is a field of it"
+            )
+        find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
+
+    def build_family(
+        self,
+        patterns: Sequence[str | Pattern] | None = None,
+        output_dir: str | Path | None = None,
+        recipe: dict[str, Any] | None = None,
+        task: str | None = None,
+        progress: Callable[[Variant], None] | None = None,
+    ) -> Family:
+        """Cut variants from the model as it is now, measure each as it is loaded back from disk, and save them all.
+
+        Args:
+            patterns: what to cut; `args.variants` by default.
+            output_dir: a new folder; `args.output_dir`/_family by default, where an older family is replaced.
+            recipe: how the model was trained, for the manifest; the arguments that differ from their defaults
+                stand there by default.
+            task: name of the task, for the manifest.
+            progress: called with every variant when it is done, the dense checkpoint first.
+
+        Returns:
+            The family, read from its folder. Metrics come from `eval_dataset` and `compute_metrics`, batch-norm
+            statistics from `train_dataset`.
+
+        Raises:
+            ValueError: without patterns, for a wrong one, or if the folder holds something else.
+        """
+        patterns = self.args.variants if patterns is None else patterns
+        if not patterns:
+            raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
+        return build_family(
+            self.accelerator.unwrap_model(self.model),
+            patterns,
+            evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
+            calibration_data=_Batches(self) if self.train_dataset is not None else None,
+            calibration_samples=self.args.calibration_samples,
+            output_dir=Path(self.args.output_dir) / "_family" if output_dir is None else output_dir,
+            method=self.method,
+            task=task,
+            recipe=changed_arguments(self.args) if recipe is None else recipe,
+            processing_class=self.processing_class,
+            include=self.args.include,
+            exclude=self.args.exclude,
+            progress=progress,
+        )
+
+    def evaluate_variant(self, model: torch.nn.Module) -> dict[str, float]:
+        """Metrics of another model on `eval_dataset`, without a trace in the log or in callbacks."""
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        metrics: dict[str, float] = {}
+        with self._in_place_of_the_model(model.to(self.args.device)):
+            for name, dataset in datasets.items():
+                prefix = f"eval_{name}" if name else "eval"
+                loader = self.get_eval_dataloader(dataset)
+                output = self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix)
+                metrics |= {k.removeprefix("eval_"): float(v) for k, v in (output.metrics or {}).items()}
+        return {k: v for k, v in metrics.items() if not k.endswith("model_preparation_time")}
+
+    @contextmanager
+    def _in_place_of_the_model(self, model: Any) -> Iterator[None]:
+        own = self.model, self.model_wrapped
+        self.model = self.model_wrapped = model
+        try:
+            yield
+        finally:
+            self.model, self.model_wrapped = own
+
+
+def changed_arguments(args: Any) -> dict[str, Any]:
+    """The fields of a dataclass of arguments that differ from their defaults, as JSON, without paths and secrets."""
+    left_out = {"output_dir", "hub_token", "resume_from_checkpoint", "use_cpu"}
+    changed = {}
+    for f in fields(args):
+        value, default = getattr(args, f.name), f.default if f.default_factory is MISSING else f.default_factory()
+        if isinstance(value, Enum):
+            value = value.value
+        is_plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
+        if f.init and f.name not in left_out and is_plain and value != default:
+            changed[f.name] = value
+    return changed
+
+
+class _Batches:
+    """Batches of training data in an order of their own; every pass is the same and leaves all generators as they are.
+
+    The trainer's own loader would deal its batches to the ranks, and take its order from the training's generator.
+    """
+
+    def __init__(self, trainer: CompressionMixin) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        args, dataset = self.trainer.args, self.trainer.train_dataset
+        sampler = None
+        if isinstance(dataset, Dataset) or hasattr(dataset, "__len__"):
+            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))  # type: ignore[arg-type]
+        loader = DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            collate_fn=self.trainer._get_collator_with_removed_columns(self.trainer.data_collator),
+        )
+        with torch.random.fork_rng(devices=[]):  # augmentation draws from the global generator
+            torch.manual_seed(args.seed)
+            yield from loader
