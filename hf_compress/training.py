@@ -128,12 +128,13 @@ class CompressionMixin(_TrainerBase):
 
     @contextmanager
     def _in_place_of_the_model(self, model: Any) -> Iterator[None]:
-        own = self.model, self.model_wrapped
+        own = self.model, self.model_wrapped, self.callback_handler.callbacks
         self.model = self.model_wrapped = model
+        self.callback_handler.callbacks = []
         try:
             yield
         finally:
-            self.model, self.model_wrapped = own
+            self.model, self.model_wrapped, self.callback_handler.callbacks = own
 
 
 def changed_arguments(args: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,11 @@ def build_family(
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
     try:
         checkpoints: list[Variant] = []
-        for pattern in (None, *cut):
-            checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None))
-            if progress is not None:
-                progress(checkpoints[-1])
+        with _without_progress_bars():
+            for pattern in (None, *cut):
+                checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None))
+                if progress is not None:
+                    progress(checkpoints[-1])
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         dense, variants = checkpoints[0], tuple(checkpoints[1:])
         family = Family(partial, method, task, base_model, dense, variants, recipe or {}, _versions(), files={})
@@ -166,6 +168,20 @@ class _Job:
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.example_inputs.items()}
         latency = measure_latency(loaded, self._load("dense"), inputs)
         return {**numbers, "macs": count_macs(loaded, inputs), "latency": latency}
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws two bars for every checkpoint that is saved and loaded."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _finish(family: Family, target: Path) -> None:

@@ -55,7 +55,7 @@ def _draw(axes, family: Family, variants: list[Variant], metric: str) -> None:  
             axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
     axes.set_xlabel("zeros in the compressed weights, %", color=_INK)
     axes.set_ylabel(metric.replace("_", " "), color=_INK)
-    axes.set_title(f"One {family.method} run, pruned in one shot", loc="left", color=_INK, fontsize=11)
+    axes.set_title(f"Cut in one shot from one dense checkpoint ({family.method})", loc="left", color=_INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

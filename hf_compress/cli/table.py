@@ -1,0 +1,70 @@
+"""What a user reads of a family: a line when a variant is done, a table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..family import Family, Variant
+from ..family.plots import main_metric
+
+
+class VariantPrinter:
+    """Called with every variant of a family that is being built."""
+
+    def __init__(self, is_talking: bool = True) -> None:
+        self.is_talking = is_talking
+
+    def __call__(self, variant: Variant) -> None:
+        """One line for a variant that is done."""
+        if self.is_talking:
+            metric = main_metric(variant.metrics)
+            value = f", {metric} {variant.metrics[metric]:.4f}" if metric else ""
+            print(f"saved {variant.revision}: {100 * variant.sparsity:.1f} % zeros{value}", flush=True)
+
+    def finish(self, family: Family) -> None:
+        """The table, and where everything lies."""
+        if self.is_talking:
+            print("\n" + render(family))
+            plot = family.folder / "plots" / "sparsity.png"
+            print(f"\nfamily    {_relative(family.folder)}")
+            print(f"manifest  {_relative(family.folder / 'family.json')}")
+            if plot.is_file():
+                print(f"plot      {_relative(plot)}")
+            if all(v.loads_with == "transformers" for v in family.variants):
+                print("Every folder loads with plain transformers: AutoModel....from_pretrained(FOLDER)")
+            else:
+                print("Every folder loads with transformers after `import hf_compress`")
+
+
+def render(family: Family) -> str:
+    """The table of a family: a row a checkpoint, numbers as they stand in the manifest."""
+    metric = main_metric(family.dense.metrics)
+    header = ["variant", "zeros", *([metric, "vs dense"] if metric else []), "disk", "zipped", "latency"]
+    rows = [header]
+    for variant in (family.dense, *family.variants):
+        row = [variant.pattern or "dense", f"{100 * variant.sparsity:.1f} %"]
+        if metric:
+            value = variant.metrics[metric]
+            row += [f"{value:.4f}", f"{value - family.dense.metrics[metric]:+.4f}" if variant.pattern else ""]
+        latency = variant.latency
+        time = "-" if latency is None else f"{latency['milliseconds'] / latency['dense_milliseconds']:.2f} x"
+        if latency and variant.pattern is None:
+            time = f"{latency['milliseconds']:.2f} ms"
+        rows.append([*row, _size(variant.bytes), _size(variant.compressed_bytes), time])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
