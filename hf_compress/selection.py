@@ -56,18 +56,17 @@ def _banded_kth(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     while True:
         below, inside = 0, []
         for chunk in _magnitudes(weights):
-            below += np.count_nonzero(chunk < low)
+            if np.isnan(chunk.max()):
+                raise ValueError(
+                    "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
+                )
+            below += int(np.count_nonzero(chunk < low))
             inside.append(chunk[(chunk >= low) & (chunk <= high)])
         candidates = np.concatenate(inside)
         if below < k <= below + candidates.size:
             candidates.partition(k - below - 1)
             return torch.tensor(candidates[k - below - 1])
-        if low == 0.0 and high == np.inf:
-            raise ValueError(_NAN)
         low, high = (0.0, low) if k <= below else (high, np.inf)
-
-
-_NAN = "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
 
 
 def _confidence_band(weights: Sequence[torch.Tensor], k: int) -> tuple[float, float]:
@@ -108,14 +107,14 @@ def _keep_last_ties_cpu(
 ) -> None:
     """Weights that tie with the threshold are pruned in order of position, so the last of them are kept."""
     missing = num_kept - sum(np.count_nonzero(m.numpy()) for m in masks)
-    for weight, mask in zip(reversed(weights), reversed(masks), strict=True):
+    for i in reversed(range(len(weights))):
         if missing == 0:
             return
-        ties = (_magnitude(weight, threshold).flatten() == threshold).nonzero().flatten()[-missing:]
-        mask.view(-1)[ties] = True
+        ties = (_magnitude(weights[i], threshold).flatten() == threshold).nonzero().flatten()[-missing:]
+        kept = masks[i].flatten()
+        kept[ties] = True
+        masks[i] = kept.view(masks[i].shape)
         missing -= ties.numel()
-    if missing:
-        raise ValueError(_NAN)
 
 
 def _keep_last_ties(
@@ -123,8 +122,8 @@ def _keep_last_ties(
 ) -> None:
     """The same without looking at a number: a tie is kept if fewer than `missing` ties come after it."""
     missing = num_kept - sum(m.sum() for m in masks)
-    for weight, mask in zip(reversed(weights), reversed(masks), strict=True):
-        tied = _magnitude(weight, threshold).flatten() == threshold
+    for i in reversed(range(len(weights))):
+        tied = _magnitude(weights[i], threshold).flatten() == threshold
         rank_from_the_end = tied.flip(0).cumsum(0).flip(0)
-        mask.view(-1).logical_or_(tied & (rank_from_the_end <= missing))
+        masks[i] = masks[i] | (tied & (rank_from_the_end <= missing)).view(masks[i].shape)
         missing = (missing - tied.sum()).clamp(min=0)

@@ -110,7 +110,7 @@ def _is_convolutional_net(model: nn.Module) -> bool:
 
 def _head_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters behind the backbone: of transformers models, and of timm's."""
-    inner = getattr(model, "timm_model", model)  # TimmWrapperForImageClassification
+    inner: Any = getattr(model, "timm_model", model)  # TimmWrapperForImageClassification
     if callable(getattr(inner, "get_classifier", None)):
         classifier = inner.get_classifier()
         return {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
@@ -118,7 +118,8 @@ def _head_parameters(model: nn.Module) -> set[int]:
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:
         head = {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
-    if callable(getattr(model, "get_output_embeddings", None)):
-        output = model.get_output_embeddings()
+    get_output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    if callable(get_output_embeddings):
+        output = get_output_embeddings()
         head |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
     return head

@@ -60,6 +60,9 @@ class CompressionMixin(_TrainerBase):
 
     method: ClassVar[str]
     config_class: ClassVar[type[CompressionArguments]]
+    args: Any
+    model: Any
+    optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -56,7 +56,8 @@ def compress(argv: Sequence[str]) -> None:
         raise
     for name, reason in report.skipped.items():
         print(f"left dense: {name}, {reason}")
-    print(f"saved {args.output_dir}: {report.pattern}, {100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights")
+    share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
+    print(f"saved {args.output_dir}: {report.pattern}, {share}")
 
 
 def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
@@ -81,7 +82,7 @@ def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
         raise ValueError(f"cannot load {name}: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"{name} lacks weights of {architecture}: {', '.join(missing[:5])}; the checkpoint is incomplete")
+        raise ValueError(f"{name} is incomplete: it lacks {len(missing)} weights of {architecture}, first {missing[0]}")
     try:
         processing_class = transformers.AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError):

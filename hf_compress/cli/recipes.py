@@ -67,6 +67,4 @@ def _find(name: str) -> Path:
         return recipes[name]
     looks_like_path = "/" in name or name.endswith((".yaml", ".yml", ".json"))
     what = "no file" if looks_like_path else "no recipe and no file"
-    raise ValueError(
-        f"{what} {name!r}{nearest(name, list(recipes))} (packaged recipes: {', '.join(sorted(recipes))})"
-    )
+    raise ValueError(f"{what} {name!r}{nearest(name, list(recipes))} (packaged recipes: {', '.join(sorted(recipes))})")

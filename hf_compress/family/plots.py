@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .manifest import Family
 from .variant import Variant
@@ -40,7 +41,7 @@ def plot_family(family: Family, stem: Path) -> list[Path]:
     return paths
 
 
-def _draw(axes, family: Family, variants: list[Variant], metric: str) -> None:  # type: ignore[no-untyped-def]
+def _draw(axes: Any, family: Family, variants: list[Variant], metric: str) -> None:
     dense = family.dense.metrics[metric]
     curve = sorted((v for v in variants if v.revision.startswith("unstructured")), key=lambda v: v.sparsity)
     others = [v for v in variants if v not in curve]

@@ -128,7 +128,7 @@ _CFG = {
     "classifier": "linear",
 }
 default_cfgs = generate_default_cfgs(
-    {name: _CFG for name in ("resnet20_cifar.untrained", "resnet32_cifar.untrained", "resnet56_cifar.untrained")}
+    dict.fromkeys(("resnet20_cifar.untrained", "resnet32_cifar.untrained", "resnet56_cifar.untrained"), _CFG)
 )
 
 

@@ -77,7 +77,10 @@ def prepare(args: ImageClassificationArguments) -> dict[str, Any]:
         raise ValueError(
             f"column {label_column!r} of {args.dataset_name} holds {labels}, no classes; name another with label_column"
         )
-    model, processor = _pretrained(args, labels.names) if args.model_name_or_path else _new(args, labels.names)
+    if args.model_name_or_path:
+        model, processor = _pretrained(args.model_name_or_path, labels.names)
+    else:
+        model, processor = _new(str(args.architecture), _parse_json(args.model_args), args.image_size, labels.names)
     augment = _augmentation(args.augmentation, processor)
 
     def transform(batch: dict[str, Any], training: bool) -> dict[str, Any]:
@@ -121,8 +124,8 @@ def _load_data(args: ImageClassificationArguments) -> tuple[Dataset, Dataset, st
     if "train" not in splits:
         raise ValueError(f"{args.dataset_name} has no split 'train'; there are: {', '.join(splits)}")
     columns = splits["train"].features
-    image_column = args.image_column or next((n for n, f in columns.items() if isinstance(f, Image)), None)
-    label_column = args.label_column or next((n for n in ("label", "labels") if n in columns), None)
+    image_column = args.image_column or next((n for n, f in columns.items() if isinstance(f, Image)), "image")
+    label_column = args.label_column or next((n for n in ("label", "labels") if n in columns), "label")
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in columns:
             raise ValueError(f"{option}: no column {column!r} in {args.dataset_name}; there are: {', '.join(columns)}")
@@ -143,61 +146,61 @@ def _first(dataset: Dataset, count: int | None) -> Dataset:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
-def _pretrained(args: ImageClassificationArguments, names: list[str]) -> tuple[Any, Any]:
+def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **_label_maps(names))
-    model = AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path, config=config, ignore_mismatched_sizes=True
-    )
-    return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    config = AutoConfig.from_pretrained(name, **_label_maps(classes))
+    model = AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    return model, AutoImageProcessor.from_pretrained(name)
 
 
-def _new(args: ImageClassificationArguments, names: list[str]) -> tuple[Any, Any]:
+def _new(architecture: str, arguments: dict[str, Any], image_size: int | None, classes: list[str]) -> tuple[Any, Any]:
     import timm
     from transformers import CONFIG_MAPPING, AutoModelForImageClassification, ViTImageProcessor
 
-    arguments = _parse_json(args.model_args)
-    if timm.is_model(args.architecture):
-        return _new_timm(args, names, arguments)
-    if args.architecture not in CONFIG_MAPPING:
+    if timm.is_model(architecture):
+        return _new_timm(architecture, arguments, image_size, classes)
+    if architecture not in CONFIG_MAPPING:
         raise ValueError(
-            f"architecture {args.architecture!r} is neither a model of timm (timm.list_models()) nor a model type of "
+            f"architecture {architecture!r} is neither a model of timm (timm.list_models()) nor a model type of "
             "transformers, such as vit, resnet, convnext"
         )
-    config_class = CONFIG_MAPPING[args.architecture]
+    config_class = CONFIG_MAPPING[architecture]
     unknown = set(arguments) - set(config_class().to_dict())
     if unknown:
-        raise ValueError(f"model_args: {args.architecture} has no field {', '.join(sorted(unknown))}")
-    if args.image_size is not None:
-        arguments |= {"image_size": args.image_size}
-    config = config_class(**arguments, **_label_maps(names))
-    size = args.image_size or getattr(config, "image_size", 224)
+        raise ValueError(f"model_args: {architecture} has no field {', '.join(sorted(unknown))}")
+    config = config_class(**arguments, **_label_maps(classes))
+    size = int(image_size or getattr(config, "image_size", None) or 224)
+    if hasattr(config, "image_size"):
+        config.image_size = size
     mean = [0.5] * getattr(config, "num_channels", 3)
     processor = ViTImageProcessor(size={"height": size, "width": size}, image_mean=mean, image_std=mean)
     return AutoModelForImageClassification.from_config(config), processor
 
 
-def _new_timm(args: ImageClassificationArguments, names: list[str], arguments: dict[str, Any]) -> tuple[Any, Any]:
+def _new_timm(
+    architecture: str, arguments: dict[str, Any], image_size: int | None, classes: list[str]
+) -> tuple[Any, Any]:
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor
     from transformers.core_model_loading import PrefixChange
 
-    data_config = timm.get_pretrained_cfg(args.architecture).to_dict()
-    if args.image_size is not None:
-        channels = data_config["input_size"][0]
-        data_config |= {"input_size": (channels, args.image_size, args.image_size), "crop_pct": 1.0}
-    config = TimmWrapperConfig(
-        architecture=args.architecture, model_args=arguments, pretrained_cfg=data_config, **_label_maps(names)
-    )
-    model = TimmWrapperForImageClassification(config)
+    data_config: dict[str, Any] = timm.get_pretrained_cfg(architecture).to_dict()  # type: ignore[union-attr]
+    if image_size is not None:
+        data_config |= {"input_size": (data_config["input_size"][0], image_size, image_size), "crop_pct": 1.0}
+    about: dict[str, Any] = {"pretrained_cfg": data_config, **_label_maps(classes)}
+    config = TimmWrapperConfig(architecture=architecture, model_args=arguments, **about)
+    model: Any = TimmWrapperForImageClassification(config)
+    # The wrapper draws every layer anew from a normal of 0.02; a net starts from the values that its authors chose.
+    native = timm.create_model(architecture, num_classes=len(classes), **arguments)
+    model.timm_model.load_state_dict(native.state_dict())
     # Saved under timm's own names, so that timm loads the checkpoint too.
     model._weight_conversions = [PrefixChange(prefix_to_add="timm_model")]
-    return model, TimmWrapperImageProcessor(pretrained_cfg=data_config, architecture=args.architecture)
+    return model, TimmWrapperImageProcessor(pretrained_cfg=data_config, architecture=architecture)
 
 
-def _label_maps(names: list[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+def _label_maps(classes: list[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
 def _parse_json(text: Any) -> dict[str, Any]:

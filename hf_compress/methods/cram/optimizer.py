@@ -183,7 +183,7 @@ class CrAM(torch.optim.Optimizer):
         """Add a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and the number of steps under "step"."""
         return {**self.optimizer.state_dict(), "step": self._num_steps}
 

@@ -1,0 +1,333 @@
+"""The CrAM wrapper in a bare loop, against a second implementation written from the formulas."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hf_compress as hfc
+from hf_compress.methods.cram import CrAM
+
+
+def make_net(kind):
+    torch.manual_seed(0)
+    if kind == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+    # Batch norm makes the gradient of a bias before it rounding noise, which Adam would blow up.
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 2), nn.Flatten(), nn.Linear(4, 4)
+    )
+
+
+def data(steps=4):
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(12, 3, 4, 4, generator=generator), torch.randint(0, 4, (12,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda params: torch.optim.Adam(params, lr=1e-2),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+}
+
+
+def loss_of(net, batch):
+    return cross_entropy(net(batch[0]), batch[1])
+
+
+def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient):
+    """One step from the formulas, by functional calls: weights never change on the way."""
+    names = [n for n, p in net.named_parameters() if p.requires_grad]
+    values = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    output = torch.func.functional_call(net, ({**values}, buffers), (batch[0],))
+    first = torch.autograd.grad(cross_entropy(output, batch[1]), [values[n] for n in names])
+    with torch.no_grad():
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])
+    perturbed = {n: v.detach().clone() for n, v in values.items()}
+    for name, gradient in zip(names, first, strict=True):
+        perturbed[name] += rho * gradient
+    weights = {n: perturbed[n] for n in perturbed if n.endswith("weight") and perturbed[n].ndim > 1}
+    masks = {}
+    if text == "2:4":
+        for name, weight in weights.items():
+            if weight.shape[1] % 4 == 0:
+                groups = weight.movedim(1, -1).unflatten(-1, (-1, 4))
+                order = groups.abs().argsort(dim=-1, stable=True)
+                kept = torch.ones_like(groups, dtype=torch.bool).scatter(-1, order[..., :2], False)
+                masks[name] = kept.flatten(-2).movedim(-1, 1)
+    elif text:
+        flat = torch.cat([w.abs().flatten() for w in weights.values()])
+        order = flat.argsort(stable=True)
+        kept = torch.ones_like(flat, dtype=torch.bool)
+        kept[order[: int(float(text.split(":")[1]) * flat.numel() + 1e-9)]] = False
+        parts = kept.split([w.numel() for w in weights.values()])
+        masks = {n: k.view(weights[n].shape) for n, k in zip(weights, parts, strict=True)}
+    compressed = {n: torch.where(masks[n], v, 0.0) if n in masks else v for n, v in perturbed.items()}
+    compressed = {n: v.detach().requires_grad_() for n, v in compressed.items()}
+    output = torch.func.functional_call(net, (compressed, {n: b.clone() for n, b in net.named_buffers()}), (batch[0],))
+    second = torch.autograd.grad(cross_entropy(output, batch[1]), [compressed[n] for n in names])
+    for name, g1, g2 in zip(names, first, second, strict=True):
+        if mask_gradient and name in masks:
+            g2 = torch.where(masks[name], g2, 0.0)
+        net.get_parameter(name).grad = g1 + g2 if plus else g2
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", ["mlp", "cnn"])
+@pytest.mark.parametrize(("plus", "mask_gradient"), list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("text", ["unstructured:0.7", "2:4", None])
+def test_four_steps_equal_the_formulas(net, optimizer, plus, mask_gradient, text):
+    ours, theirs = make_net(net), make_net(net)
+    patterns = [text] if text else []
+    opt = CrAM(
+        OPTIMIZERS[optimizer](ours.parameters()), ours, patterns, rho=0.05, plus=plus, mask_gradient=mask_gradient
+    )
+    other = OPTIMIZERS[optimizer](theirs.parameters())
+    for batch in data():
+        loss_of(ours, batch).backward()
+        with opt.compressed():
+            loss_of(ours, batch).backward()
+        opt.step()
+        opt.zero_grad()
+        reference_step(theirs, other, batch, text, 0.05, plus, mask_gradient)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_ascent_and_pattern_it_is_the_wrapped_optimizer_bit_for_bit(optimizer, plus):
+    ours, theirs = make_net("cnn"), make_net("cnn")
+    opt = CrAM(OPTIMIZERS[optimizer](ours.parameters()), ours, patterns=[], rho=0.0, plus=plus)
+    other = OPTIMIZERS[optimizer](theirs.parameters())
+    for batch in data():
+        loss_of(ours, batch).backward()
+        with opt.compressed():
+            loss_of(ours, batch).backward()
+        opt.step()
+        opt.zero_grad()
+        loss_of(theirs, batch).backward()
+        other.step()
+        other.zero_grad()
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inside_the_block_weights_are_the_compressed_perturbed_ones():
+    net = make_net("cnn")
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.1), net, ["unstructured:0.6"], rho=0.3)
+    loss_of(net, data()[0]).backward()
+    expected = copy.deepcopy(net)
+    with torch.no_grad():
+        for p, q in zip(expected.parameters(), net.parameters(), strict=True):
+            p.add_(q.grad, alpha=0.3)
+    hfc.compress(expected, "unstructured:0.6")
+    with opt.compressed() as pattern:
+        assert str(pattern) == "unstructured:0.6"
+        for p, q in zip(expected.parameters(), net.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_come_back_bit_for_bit(fails):
+    net = make_net("cnn")
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.0), net, ["unstructured:0.9", "2:4"], rho=10.0)
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in net.named_parameters()}
+    for batch in data():
+        loss_of(net, batch).backward()
+        try:
+            with opt.compressed():
+                loss_of(net, batch).backward()
+                if fails:
+                    raise Failure
+        except Failure:
+            pass
+        for name, parameter in net.named_parameters():
+            assert parameter.data_ptr() == before[name][0]
+            assert torch.equal(parameter, before[name][1])
+            assert not parameter._backward_hooks
+        assert net[1].track_running_stats
+        opt.step()  # a failed block is over: nothing is locked
+        opt.zero_grad()
+
+
+def test_batch_norm_counts_a_batch_once():
+    ours, plain = make_net("cnn"), make_net("cnn")
+    opt = CrAM(torch.optim.SGD(ours.parameters(), lr=0.0), ours, ["unstructured:0.9"])
+    for batch in data():
+        loss_of(ours, batch).backward()
+        with opt.compressed():
+            loss_of(ours, batch).backward()
+        opt.step()
+        opt.zero_grad()
+        plain(batch[0])
+    assert ours[1].num_batches_tracked == 4
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, ours.get_buffer(name))
+
+
+def test_draws_depend_on_seed_and_step_alone_and_reach_every_pattern():
+    patterns = ["unstructured:0.5", "unstructured:0.7", "2:4"]
+    drawn = {}
+    for seed in (0, 1):
+        net = make_net("mlp")
+        opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.0), net, patterns, seed=seed)
+        drawn[seed] = []
+        for batch in data(60):
+            torch.randn(3)  # the global generator plays no part
+            drawn[seed].append(str(opt.pattern))
+            assert drawn[seed][-1] == str(opt.pattern)
+            loss_of(net, batch).backward()
+            opt.step()
+            opt.zero_grad()
+        assert set(drawn[seed]) == set(patterns)
+    assert drawn[0] != drawn[1]
+    assert min(drawn[0].count(p) for p in patterns) >= 10
+
+
+def test_state_is_the_wrapped_optimizers_and_the_step():
+    runs = []
+    for interrupted in (False, True):
+        net = make_net("mlp")
+        opt = CrAM(OPTIMIZERS["adamw"](net.parameters()), net, ["unstructured:0.5", "2:4"], rho=0.1)
+        for i, batch in enumerate(data(6)):
+            if interrupted and i == 3:
+                saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+                net = make_net("mlp")
+                opt = CrAM(OPTIMIZERS["adamw"](net.parameters()), net, ["unstructured:0.5", "2:4"], rho=0.1)
+                net.load_state_dict(saved[0])
+                opt.load_state_dict(saved[1])
+            loss_of(net, batch).backward()
+            with opt.compressed():
+                loss_of(net, batch).backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(net.state_dict())
+        state, inner = opt.state_dict(), opt.optimizer.state_dict()
+        assert state.pop("step") == 6
+        assert state.keys() == inner.keys()
+        assert opt.param_groups is opt.optimizer.param_groups
+        assert opt.state is opt.optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
+
+
+def test_state_goes_through_a_safe_load(tmp_path):
+    net = make_net("mlp")
+    opt = CrAM(OPTIMIZERS["adamw"](net.parameters()), net)
+    loss_of(net, data()[0]).backward()
+    opt.step()
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    opt.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    opt.load_state_dict(opt.optimizer.state_dict())  # of a run without CrAM
+    assert opt.state_dict()["step"] == 0
+
+
+def test_schedulers_clipping_and_groups_work_as_with_any_optimizer():
+    net = make_net("mlp")
+    groups = [{"params": net[1].parameters(), "lr": 0.5}, {"params": net[3].parameters()}]
+    opt = CrAM(torch.optim.SGD(groups, lr=0.1), net, ["unstructured:0.5"])
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, start_factor=1.0, end_factor=0.1, total_iters=4)
+    for batch in data():
+        loss_of(net, batch).backward()
+        with opt.compressed():
+            loss_of(net, batch).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        scheduler.step()
+        opt.zero_grad()
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx([0.05, 0.01])
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert "SGD" in repr(opt.optimizer)
+
+
+def test_the_threshold_is_over_all_groups_and_frozen_targets_count():
+    net = make_net("mlp")
+    net[3].weight.requires_grad_(False)
+    opt = CrAM(torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1), net, ["unstructured:0.5"])
+    before = net[3].weight.clone()
+    loss_of(net, data()[0]).backward()
+    with opt.compressed():
+        zeros = sum(int((net[i].weight == 0).sum()) for i in (1, 3))
+        assert zeros == (net[1].weight.numel() + net[3].weight.numel()) // 2
+        loss_of(net, data()[0]).backward()
+    assert torch.equal(net[3].weight, before)
+
+
+def test_parameters_unused_in_the_second_pass_keep_the_first_gradient():
+    net = make_net("mlp")
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.1), net, ["unstructured:0.5"])
+    loss_of(net, data()[0]).backward()
+    first, weights = net[1].weight.grad.clone(), net[1].weight.detach().clone()
+    with opt.compressed():
+        pass
+    assert torch.equal(net[1].weight.grad, first)
+    assert torch.equal(net[1].weight, weights)
+
+
+def test_a_scaled_gradient_gives_the_same_step():
+    states = []
+    for scale in (1.0, 2.0**16):
+        net = make_net("cnn")
+        opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.1), net, ["unstructured:0.5"], rho=0.1)
+        for batch in data():
+            (loss_of(net, batch) * scale).backward()
+            with opt.compressed(grad_scale=scale):
+                (loss_of(net, batch) * scale).backward()
+            for parameter in net.parameters():
+                parameter.grad /= scale
+            opt.step()
+            opt.zero_grad()
+        states.append(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_wrong_use():
+    net = make_net("mlp")
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    with pytest.raises(RuntimeError, match="needs gradients: call backward"), opt.compressed():
+        pass
+    loss_of(net, data()[0]).backward()
+    with opt.compressed():
+        with pytest.raises(RuntimeError, match="entered twice"), opt.compressed():
+            pass
+        with pytest.raises(RuntimeError, match="leave the block first"):
+            opt.step()
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_wrong_rho(mlp, rho):
+    with pytest.raises(ValueError, match="rho must be a finite number"):
+        CrAM(torch.optim.SGD(mlp.parameters(), lr=0.1), mlp, rho=rho)
+
+
+def test_nothing_to_compress(mlp):
+    for parameter in mlp.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no weight of Sequential .* is trained"):
+        CrAM(torch.optim.SGD(mlp.parameters(), lr=0.1), mlp)
+
+
+def test_nan_gradients_restore_the_weights():
+    net = make_net("mlp")
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.1), net, ["unstructured:0.5"])
+    before = [p.detach().clone() for p in net.parameters()]
+    (loss_of(net, data()[0]) * float("nan")).backward()
+    with pytest.raises(ValueError, match="a weight is NaN"), opt.compressed():
+        pass
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
