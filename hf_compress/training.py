@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from .family import Family, Variant, build_family
 from .patterns import Pattern, parse_pattern
@@ -128,6 +128,31 @@ class CompressionMixin(_TrainerBase):
                 output = self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix)
                 metrics |= {k.removeprefix("eval_"): float(v) for k, v in (output.metrics or {}).items()}
         return {k: v for k, v in metrics.items() if not k.endswith("model_preparation_time")}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._restore_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._restore_weights(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _restore_weights(self, folder: str) -> bool:
+        """Load the weights of a checkpoint as `from_pretrained` reads them; False where that is not its format.
+
+        The stock Trainer takes the names in the file for those of the model. Many architectures have other names on
+        disk (ViT, all of timm): their weights stay what they were, with a warning (transformers#43701).
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / "config.json").is_file():
+            return False
+        restored, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{folder} is incomplete: it lacks {len(missing)} weights, first {missing[0]}")
+        model.load_state_dict(restored.state_dict())
+        return True
 
     @contextmanager
     def _in_place_of_the_model(self, model: Any) -> Iterator[None]:

@@ -33,6 +33,12 @@ def test_trainer_evaluates_self_model():
     assert hasattr(Trainer, "callback_handler") or "self.callback_handler" in inspect.getsource(Trainer.__init__)
 
 
+def test_trainer_restores_weights_in_two_places():
+    assert "self._load_from_checkpoint(" in inspect.getsource(Trainer.train)
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters) == ["self", "resume_from_checkpoint", "model"]
+    assert "self._load_best_model()" in inspect.getsource(Trainer)
+
+
 def test_timm_wrapper_saves_native_names_with_a_prefix_change(tmp_path):
     from safetensors import safe_open
     from transformers.core_model_loading import PrefixChange
