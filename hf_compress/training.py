@@ -147,7 +147,8 @@ class CompressionMixin(_TrainerBase):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / "config.json").is_file():
             return False
-        restored, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model_class: Any = type(model)
+        restored, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{folder} is incomplete: it lacks {len(missing)} weights, first {missing[0]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..family import build_family
+from ..family.build import save_checkpoint
 from ..family.manifest import commit_folder, start_folder
 from ..oneshot import compress as compress_model
 from ..patterns import parse_pattern
@@ -47,9 +48,7 @@ def compress(argv: Sequence[str]) -> None:
     partial = start_folder(target)
     try:
         report = compress_model(model, patterns[0], args.include, args.exclude)
-        model.save_pretrained(partial)
-        if processing_class is not None:
-            processing_class.save_pretrained(partial)
+        save_checkpoint(model, processing_class, partial)
         commit_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

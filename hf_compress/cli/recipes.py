@@ -57,7 +57,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
 
 def nearest(word: str, allowed: Sequence[str]) -> str:
     """A hint for a mistyped word: the closest one that is allowed."""
-    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

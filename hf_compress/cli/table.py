@@ -19,7 +19,7 @@ class VariantPrinter:
         if self.is_talking:
             metric = main_metric(variant.metrics)
             value = f", {metric} {variant.metrics[metric]:.4f}" if metric else ""
-            print(f"saved {variant.revision}: {100 * variant.sparsity:.1f} % zeros{value}", flush=True)
+            print(f"saved {variant.path}: {100 * variant.sparsity:.1f} % zeros{value}", flush=True)
 
     def finish(self, family: Family) -> None:
         """The table, and where everything lies."""

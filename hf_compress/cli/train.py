@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 
-from ..methods.registry import METHODS
+from ..methods.registry import METHODS, Method
+from ..training import changed_arguments
 from .recipes import ABOUT, nearest, packaged, read_recipe
 from .table import VariantPrinter
 
@@ -19,25 +20,50 @@ from .table import VariantPrinter
 TASKS = {"image-classification": ("image_classification", "ImageClassificationArguments")}
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a command line asks for."""
+
+    method: Method
+    task_name: str
+    task: Any
+    task_args: Any
+    args: Any
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained, in the form of a recipe: the flags that differ from their defaults."""
+        names = {"method": self.method.name, "task": self.task_name}
+        return {**names, **changed_arguments(self.task_args), **changed_arguments(self.args)}
+
+
 def train(argv: Sequence[str]) -> None:
     """Train as a recipe and flags say, then cut, measure and save the family."""
+    run = parse(argv)
+    check_output(Path(run.args.output_dir))
+    set_seed(run.args.seed)
+    trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
+    trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+    trainer.save_model()
+    if run.args.variants:
+        printer = VariantPrinter(trainer.is_world_process_zero())
+        printer.finish(trainer.build_family(recipe=run.recipe, task=run.task_name, progress=printer))
+
+
+def parse(argv: Sequence[str]) -> Run:
+    """Read a recipe and the flags that override it.
+
+    Raises:
+        ValueError: for anything that is unknown or of a wrong form, with the nearest right name.
+    """
     method, task_name, recipe, flags = _read_command(list(argv))
     task = importlib.import_module(f"..tasks.{TASKS[task_name][0]}", __package__)
     parser = _RecipeParser((getattr(task, TASKS[task_name][1]), method.config_class))
-    task_args, args = parser.parse_with_recipe(recipe, flags)
-    _check_output(Path(args.output_dir))
-    set_seed(args.seed)
-    trainer = method.trainer_class(args=args, **task.prepare(task_args))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    if args.variants:
-        printer = VariantPrinter(trainer.is_world_process_zero())
-        family = trainer.build_family(recipe=recipe, task=task_name, progress=printer)
-        printer.finish(family)
+    return Run(method, task_name, task, *parser.parse_with_recipe(recipe, flags))
 
 
-def _read_command(argv: list[str]) -> tuple[Any, str, dict[str, Any], list[str]]:
-    """Method, task, the recipe's keys with overriding `method` and `task`, and the other flags."""
+def _read_command(argv: list[str]) -> tuple[Method, str, dict[str, Any], list[str]]:
+    """Method and task, of the flags or of the recipe, the recipe, and the other flags."""
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     options = {key: _take(argv, f"--{key}") for key in ("config", "method", "task")}
     if name and options["config"]:
@@ -55,7 +81,7 @@ def _read_command(argv: list[str]) -> tuple[Any, str, dict[str, Any], list[str]]
             raise ValueError(
                 f"no {key} {chosen[key]!r}{nearest(str(chosen[key]), allowed)} (there are: {', '.join(allowed)})"
             )
-    return METHODS[str(chosen["method"])], str(chosen["task"]), {**recipe, **chosen}, argv
+    return METHODS[str(chosen["method"])], str(chosen["task"]), recipe, argv
 
 
 def _take(argv: list[str], flag: str) -> str | None:
@@ -85,11 +111,7 @@ class _RecipeParser(HfArgumentParser):
                 raise ValueError(f"the recipe has a key {key!r} that is no flag{nearest(key, known)}")
         for action in self._actions:
             if action.dest in values:
-                value = values[action.dest]
-                # YAML reads 5e-5 as text, and argparse converts only the words of the command line.
-                if isinstance(value, str) and callable(action.type) and action.nargs is None:
-                    value = action.type(value)
-                action.default, action.required = value, False
+                action.default, action.required = _converted(action, values[action.dest]), False
         *parsed, unknown = self.parse_args_into_dataclasses(flags, return_remaining_strings=True)
         if unknown:
             word = unknown[0].lstrip("-").split("=")[0]
@@ -101,7 +123,19 @@ class _RecipeParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def _check_output(folder: Path) -> None:
+def _converted(action: Any, value: Any) -> Any:
+    """A value of a recipe as its flag would read it: YAML takes 5e-5 for text, and one word for no list."""
+    if action.nargs in ("+", "*"):
+        return value if isinstance(value, list) else [value]
+    if not isinstance(value, str) or not callable(action.type):
+        return value
+    try:
+        return action.type(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the recipe has {action.dest}: {value!r}, which is no value of this flag: {error}") from error
+
+
+def check_output(folder: Path) -> None:
     """An output folder that cannot be written fails now, not after the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..calibration import recalibrate_batch_norm
@@ -151,9 +152,7 @@ class _Job:
             report = compress(model, pattern, self.include, self.exclude)
             if self.calibration_data is not None:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
-        model.save_pretrained(self.folder / name)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(self.folder / name)
+        save_checkpoint(model, self.processing_class, self.folder / name)
         if pattern is None:  # a share of 0 changes nothing and counts the zeros
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
         return report
@@ -168,6 +167,20 @@ class _Job:
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.example_inputs.items()}
         latency = measure_latency(loaded, self._load("dense"), inputs)
         return {**numbers, "macs": count_macs(loaded, inputs), "latency": latency}
+
+
+def save_checkpoint(model: Any, processing_class: Any, folder: Path) -> None:
+    """`save_pretrained` of a model and of its tokenizer or image processor.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # which is no OSError, whatever the system said
+        raise OSError(f"cannot write {folder}: {error}") from error
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
 
 
 @contextmanager

@@ -8,13 +8,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..patterns import Pattern, parse_pattern
 from .variant import Variant
 
 MANIFEST = "family.json"
 SCHEMA = 1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def load_family(folder: str | Path) -> Family:
             "build one with build_family or hf-compress"
         )
     try:
-        family = _parse(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is no manifest of a family: {error!r}") from error
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        family = _parse(folder, content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST} is no manifest of a family that this version reads: {error}") from error
     for name, digest in family.files.items():
         path = folder / name
         if not path.is_file() or sha256(path) != digest:
@@ -130,23 +133,44 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(folder: Path, content: dict[str, Any]) -> Family:
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"{folder / MANIFEST} has schema {content['schema']!r}, this version reads {SCHEMA}")
-    family = Family(
-        folder=folder,
-        dense=_variant(content["dense"]),
-        variants=tuple(_variant(v) for v in content["variants"]),
-        **{k: content[k] for k in ("method", "task", "base_model", "recipe", "versions", "files")},
-    )
-    for name in [*family.files, *(v.path for v in (family.dense, *family.variants))]:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise ValueError(f"{folder / MANIFEST} names {name!r}, which is not inside the folder")
+def _parse(folder: Path, content: Any) -> Family:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"its schema is not {SCHEMA}")
+    variants = content.get("variants")
+    if not isinstance(variants, list):
+        raise ValueError("variants is no list")
+    own = {"folder": folder, "dense": _typed(Variant, content.get("dense")), "variants": ()}
+    family = _typed(Family, {**content, **own, "variants": tuple(_typed(Variant, v) for v in variants)})
+    for name in family.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & {"\\", "\0"}:
+            raise ValueError(f"{name!r} is not inside the folder")
+    for variant in (family.dense, *family.variants):
+        if not any(name.startswith(f"{variant.path}/") for name in family.files):
+            raise ValueError(f"{variant.path!r} is not inside the folder, or holds no file")
     return family
 
 
-def _variant(content: dict[str, Any]) -> Variant:
-    return Variant(**{f.name: content[f.name] for f in fields(Variant)})
+def _typed(kind: type[_T], content: Any) -> _T:
+    """An instance of a dataclass from JSON; KeyError or ValueError where a field is missing or of another type."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{content!r:.40} is no {kind.__name__}")
+    hints = get_type_hints(kind)
+    values = {f.name: content[f.name] for f in fields(kind)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name} is {value!r:.40}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is dict:
+        inner = get_args(hint)[1]
+        return isinstance(value, dict) and (inner is Any or all(_fits(v, inner) for v in value.values()))
+    if hint is float:
+        hint = (int, float)
+    return isinstance(value, get_origin(hint) or hint) and not isinstance(value, bool)
 
 
 def _canonical(pattern: str | Pattern) -> str | None:

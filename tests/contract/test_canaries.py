@@ -35,7 +35,11 @@ def test_trainer_evaluates_self_model():
 
 def test_trainer_restores_weights_in_two_places():
     assert "self._load_from_checkpoint(" in inspect.getsource(Trainer.train)
-    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters) == ["self", "resume_from_checkpoint", "model"]
+    assert list(inspect.signature(Trainer._load_from_checkpoint).parameters) == [
+        "self",
+        "resume_from_checkpoint",
+        "model",
+    ]
     assert "self._load_best_model()" in inspect.getsource(Trainer)
 
 
