@@ -19,16 +19,6 @@ from hf_compress.cli.recipes import ABOUT, packaged, read_recipe
 from tests.conftest import tiny_resnet, tiny_vit
 
 FAST = "--max_steps 2 --max_train_samples 64 --max_eval_samples 32 --use_cpu --disable_tqdm true".split()
-    "--max_steps",
-    "2",
-    "--max_train_samples",
-    "64",
-    "--max_eval_samples",
-    "32",
-    "--use_cpu",
-    "--disable_tqdm",
-    "true",
-]
 
 
 def failure(capsys, *argv):

@@ -1,0 +1,241 @@
+"""The README is executed: its commands as printed, its Python blocks, its diff applied to stock scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.strip().splitlines()]
+
+
+def run(command, cwd, **environment):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        shell=isinstance(command, str),
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which the first command of the README has run, without its installation."""
+    folder = tmp_path_factory.mktemp("readme")
+    install, train = COMMANDS[0].split(" && ")
+    assert install == "pip install ."
+    output = run(train, folder)
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_first_command_trains_and_leaves_what_it_prints(workplace):
+    output = (workplace / "output.txt").read_text()
+    rows = re.findall(r"^(dense|unstructured:\S+|2:4) +[\d.]+ % +([\d.]+)", output, re.M)
+    assert [name for name, _ in rows] == ["dense", *(f"unstructured:{s}" for s in (0.5, 0.7, 0.8, 0.9, 0.95)), "2:4"]
+    accuracies = {name: float(value) for name, value in rows}
+    assert accuracies["dense"] > 0.97
+    assert accuracies["unstructured:0.95"] > 0.9
+    for line in re.findall(r"^(?:family|manifest|plot) +(\S+)$", output, re.M):
+        assert (workplace / line).exists()
+
+
+# Runs where hf_compress cannot be imported, and prints the logits of a fixed input.
+STRANGER = """
+import importlib.abc, json, sys
+
+class Wall(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_compress":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Wall())
+try:
+    import hf_compress
+except ImportError:
+    pass
+else:
+    raise SystemExit("hf_compress is there")
+import torch
+from transformers import AutoModelForImageClassification
+torch.manual_seed(0)
+x = torch.randn(2, 3, 32, 32)
+out = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        out[folder] = model(x).logits.tolist()
+print("LOGITS" + json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_every_variant_loads_where_hf_compress_cannot_be_imported(workplace):
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    import hf_compress as hfc
+
+    family = hfc.load_family(workplace / "out" / "digits_cram" / "_family")
+    folders = [str(family.folder / v.path) for v in (family.dense, *family.variants)]
+    output = run([sys.executable, "-c", STRANGER, *folders], workplace)
+    logits = json.loads(output.split("LOGITS")[1])
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    dense = AutoModelForImageClassification.from_pretrained(folders[0]).eval()
+    for folder in folders:
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert model(x).logits.tolist() == logits[folder]
+        config = json.loads((Path(folder) / "config.json").read_text())
+        assert "quantization_config" not in config
+        assert config["model_type"] == "resnet"
+        assert model.state_dict().keys() == dense.state_dict().keys()
+    assert logits[folders[0]] != logits[folders[1]]
+
+
+@pytest.mark.slow
+def test_python_blocks_run(workplace):
+    blocks = [text for kind, text in BLOCKS if kind == "python"]
+    assert len(blocks) >= 5
+    for block in blocks:
+        run([sys.executable, "-c", block], workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("hf-compress")])
+def test_commands_run_as_printed(workplace, command):
+    run(command, workplace)
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    (command,) = [c for c in COMMANDS if "[test]" in c]
+    assert command.endswith("&& pytest -n 2")
+    pattern = re.search(r'sed -n "/(.*)/p" README.md', (ROOT / ".ci" / "run").read_text())[1]
+    assert re.search(pattern.replace("\\[", "\\["), command)
+
+
+def test_numbers_in_the_readme_are_those_of_the_result():
+    result = json.loads((ROOT / "recipes/benchmarks/results/digits_cram.json").read_text())
+    rows = re.findall(r"^\| (dense|unstructured:\S+|2:4) \| (.*) \|$", README, re.M)
+    assert len(rows) == 7
+    for pattern, cells in rows:
+        means = [result["mean"][arm][pattern] for arm in ("cram", "sgd", "sgd_equal_compute")]
+        paired = result["cram_minus"]["sgd"][pattern]
+        wanted = [f"{m['mean']:.1f} ± {m['std']:.1f}" for m in means]
+        wanted.append(f"{paired['difference']:+.1f} ({paired['standard_error']:.1f})")
+        assert cells.split(" | ") == wanted
+
+
+def test_the_result_meets_its_bars():
+    """Dense within half a point of SGD, and ahead after pruning by more than twice the standard error."""
+    result = json.loads((ROOT / "recipes/benchmarks/results/digits_cram.json").read_text())
+    paired = result["cram_minus"]["sgd"]
+    assert len(result["runs"]["cram"]) == 5
+    assert paired["dense"]["difference"] >= -0.5
+    for pattern in ("unstructured:0.9", "unstructured:0.95"):
+        assert paired[pattern]["difference"] > 2 * paired[pattern]["standard_error"]
+    assert paired["unstructured:0.95"]["difference"] >= 5
+
+
+STOCK = """
+import torch
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from tests.conftest import image_samples
+
+model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1,
+    num_attention_heads=2, intermediate_size=24, num_labels=3))
+train = test = image_samples()
+metrics = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+args = TrainingArguments("out", max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1)
+trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=test, compute_metrics=metrics)
+trainer.train()
+trainer.save_model("out/final")
+print("EVAL", trainer.evaluate())
+"""
+
+OWN_TRAINER = '''
+import torch
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from tests.conftest import image_samples
+
+
+class MyTrainer(Trainer):
+    """Weighs the classes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(pixel_values=inputs["pixel_values"])
+        weight = torch.tensor([1.0, 2.0, 1.0])
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], weight)
+        return (loss, outputs) if return_outputs else loss
+
+
+model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1,
+    num_attention_heads=2, intermediate_size=24, num_labels=3))
+train = test = image_samples()
+metrics = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+args = TrainingArguments("out", max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1)
+trainer = MyTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, compute_metrics=metrics)
+trainer.train()
+trainer.save_model("out/final")
+print("EVAL", trainer.evaluate())
+'''
+
+CUT = '\nprint("FAMILY", [v.pattern for v in trainer.build_family(["unstructured:0.5", "2:4"]).variants])\n'
+
+
+def readme_diff():
+    """Words that the README's diff replaces."""
+    (diff,) = [text for kind, text in BLOCKS if kind == "diff"]
+    removed, added = (" ".join(re.findall(rf"^\{sign}(.*)", diff, re.M)) for sign in "-+")
+    assert "Trainer(" in removed
+    assert "CrAMTrainer(" in added
+    assert "TrainingArguments(" in removed
+    assert "CrAMConfig(" in added
+    return {"Trainer(model": "CrAMTrainer(model", "TrainingArguments(": "CrAMConfig("}
+
+
+def test_the_diff_on_a_stock_script(tmp_path):
+    script = STOCK
+    assert "EVAL" in run([sys.executable, "-c", script], tmp_path, PYTHONPATH=str(ROOT))
+    for old, new in readme_diff().items():
+        assert script.count(old) == 1
+        script = script.replace(old, new)
+    script = script.replace(
+        "from transformers import", "from hf_compress import CrAMConfig, CrAMTrainer\nfrom transformers import", 1
+    )
+    output = run([sys.executable, "-c", script + CUT], tmp_path, PYTHONPATH=str(ROOT))
+    assert "compressed_loss" in output
+    assert "EVAL {'eval_loss'" in output
+    assert "FAMILY ['unstructured:0.5', '2:4']" in output
+
+
+def test_the_diff_on_a_script_with_its_own_trainer(tmp_path):
+    script = OWN_TRAINER.replace("TrainingArguments(", "CrAMConfig(").replace("MyTrainer(model", "MyCrAMTrainer(model")
+    mixin = "class MyCrAMTrainer(CrAMMixin, MyTrainer):\n    pass\n"
+    assert mixin in README
+    script = script.replace("\nmodel = ", f"\n{mixin}\n\nmodel = ", 1)
+    script = script.replace(
+        "from transformers import", "from hf_compress import CrAMConfig, CrAMMixin\nfrom transformers import", 1
+    )
+    output = run([sys.executable, "-c", script + CUT], tmp_path, PYTHONPATH=str(ROOT))
+    assert "compressed_loss" in output
+    assert "FAMILY ['unstructured:0.5', '2:4']" in output
