@@ -14,7 +14,7 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "patterns": ("NM", "Pattern", "Unstructured", "parse_pattern"),
+    "patterns": ("NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern"),
     "targets": ("Target", "find_targets"),
     "calibration": ("recalibrate_batch_norm",),
     "oneshot": ("CompressionReport", "LayerReport", "compress"),
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from .oneshot import LayerReport as LayerReport
     from .oneshot import compress as compress
     from .patterns import NM as NM
+    from .patterns import Chain as Chain
     from .patterns import Pattern as Pattern
+    from .patterns import Quantized as Quantized
     from .patterns import Unstructured as Unstructured
     from .patterns import parse_pattern as parse_pattern
     from .targets import Target as Target

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .base import Pattern, parse_pattern
+from .chain import Chain
 from .n_m import NM
+from .quantized import Quantized
 from .unstructured import Unstructured
 
-__all__ = ["NM", "Pattern", "Unstructured", "parse_pattern"]
+__all__ = ["NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern"]

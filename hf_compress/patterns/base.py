@@ -40,12 +40,24 @@ class Pattern(ABC):
     def revision(self) -> str:
         """The text as a git revision and a folder name, such as "unstructured-0.90"."""
 
-    @abstractmethod
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
         """Masks of the compressed weights, unchecked: what `masks` returns, for training steps.
 
         On an accelerator this never waits for the device.
         """
+        raise TypeError(f"{self} rounds values and has no masks; project_ writes them")
+
+    def compress_(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
+        """Write the compressed values in place, unchecked: what `project_` does, for training steps.
+
+        Returns:
+            The masks of the weights that it set to zero; empty for a pattern without masks.
+        """
+        masks = self.select(weights)
+        for name, mask in masks.items():
+            # A product would keep NaN and infinity.
+            weights[name].parameter.masked_fill_(mask.logical_not(), 0)
+        return masks
 
     def skip_reason(self, target: Target) -> str | None:
         """Why this pattern leaves a weight dense, None if it does not."""
@@ -55,6 +67,7 @@ class Pattern(ABC):
         """Bool tensors by name, each of its weight's shape: True is kept. Weights that are skipped are all True.
 
         Raises:
+            TypeError: if the pattern has no masks.
             ValueError: if a weight is NaN, complex or integer; the message names it.
         """
         return self.select(_checked(weights))
@@ -66,14 +79,7 @@ class Pattern(ABC):
         Raises:
             ValueError: if a weight is NaN, complex or integer; no weight has been changed then.
         """
-        targets = _checked(weights)
-        for name, mask in self.select(targets).items():
-            apply_mask_(targets[name].parameter, mask)
-
-
-def apply_mask_(weight: torch.Tensor, mask: torch.Tensor) -> None:
-    """Write zeros where the mask is False. A product would keep NaN and infinity."""
-    weight.masked_fill_(mask.logical_not(), 0)
+        self.compress_(_checked(weights))
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:

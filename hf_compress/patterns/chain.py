@@ -1,0 +1,57 @@
+"""Patterns one after the other: "2:4+int8" prunes, then rounds what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..targets import Target
+from .base import Pattern, parse_pattern
+from .quantized import Quantized
+
+_FORMS = '"A+B", such as 2:4+int8'
+
+
+@dataclass(frozen=True)
+class Chain(Pattern):
+    """Each pattern compresses what the one before it left; a quantized one comes last, so that zeros stay zero.
+
+    Attributes:
+        parts: two or more patterns.
+    """
+
+    forms: ClassVar[str] = _FORMS
+    parts: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2 or any(isinstance(p, (Quantized, Chain)) for p in self.parts[:-1]):
+            raise ValueError(f"{self} is no pattern; allowed: {_FORMS}, with intB last")
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.parts))
+
+    @classmethod
+    def parse(cls, text: str) -> Chain | None:
+        return cls(tuple(parse_pattern(part) for part in text.split("+"))) if "+" in text else None
+
+    @property
+    def revision(self) -> str:
+        return "_".join(part.revision for part in self.parts)
+
+    def skip_reason(self, target: Target) -> str | None:
+        reasons = [reason for part in self.parts if (reason := part.skip_reason(target))]
+        return reasons[0] if len(reasons) == len(self.parts) else None
+
+    def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
+        copies = {n: Target(t.parameter.detach().clone(), t.reduction_dim, t.kind) for n, t in weights.items()}
+        return self.compress_(copies)
+
+    def compress_(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
+        masks: dict[str, torch.Tensor] = {}
+        for part in self.parts:
+            for name, mask in part.compress_(weights).items():
+                masks[name] = masks[name] & mask if name in masks else mask
+        return masks
