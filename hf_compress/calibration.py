@@ -14,13 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samples: int = 1000) -> int:
     """Replace the running statistics of every batch norm by averages over training data, as CrAM does after pruning.
 
-    Each batch counts the same, no weight changes, and only the batch norms see training mode: dropout stays off.
+    Each sample counts the same, no weight changes, and only the batch norms see training mode: dropout stays off.
 
     Args:
         model: on its device; nothing happens where it has no batch norm with running statistics.
         dataloader: batches of training data: a mapping of keyword arguments of the model, a tuple or list whose first
             entry is the input, or the input itself.
-        num_samples: how many samples to use at most; the last batch is cut to fit.
+        num_samples: how many samples to use at most; the last batch is cut to fit, and left out if one sample is left,
+            which has no variance.
 
     Returns:
         The number of samples used, 0 without batch norm.
@@ -39,10 +40,9 @@ def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samp
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
         norm.train()
     try:
-        used = _forward_samples(model, dataloader, num_samples)
+        used = _forward_samples(model, norms, dataloader, num_samples)
     except BaseException:
         for norm, saved in zip(norms, buffers, strict=True):
             for name, value in saved.items():
@@ -56,29 +56,42 @@ def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samp
     return used
 
 
-def _forward_samples(model: nn.Module, dataloader: Iterable[Any], num_samples: int) -> int:
-    device = next(model.parameters()).device
+def _forward_samples(model: nn.Module, norms: list[_BatchNorm], dataloader: Iterable[Any], num_samples: int) -> int:
     used = 0
     for batch in dataloader:
         if used >= num_samples:
             break
-        inputs = _first(batch, num_samples - used, device)
+        inputs = _first(batch, num_samples - used, model)
+        size = _batch_size(inputs)
+        if used and size == 1:
+            continue
+        for norm in norms:
+            norm.momentum = size / (used + size)  # makes the moving average the average over all samples so far
         if isinstance(inputs, dict):
             model(**inputs)
         else:
             model(inputs)
-        used += _batch_size(inputs)
+        used += size
     if not used:
         raise ValueError("no calibration data: the data loader gave no batch; pass some training data")
     return used
 
 
-def _first(batch: Any, count: int, device: torch.device) -> Any:
+def like_parameters(model: nn.Module, value: Any) -> Any:
+    """A tensor on the device of the model, in its floating-point type if it is floating point; all else unchanged."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    parameter = next(model.parameters())
+    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+
+def _first(batch: Any, count: int, model: nn.Module) -> Any:
     if isinstance(batch, Mapping):
-        return {k: v[:count].to(device) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+        cut = {k: v[:count] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+        return {k: like_parameters(model, v) for k, v in cut.items()}
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
-    return batch[:count].to(device)
+    return like_parameters(model, batch[:count])
 
 
 def _batch_size(inputs: Any) -> int:

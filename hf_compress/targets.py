@@ -104,22 +104,34 @@ def _matches(name: str, globs: str | Sequence[str]) -> bool:
 
 
 def _is_convolutional_net(model: nn.Module) -> bool:
-    has_convolution = any(isinstance(m, (nn.Conv2d, nn.Conv3d)) for m in model.modules())
-    return has_convolution and not any("attention" in type(m).__name__.lower() for m in model.modules())
+    """More than one convolution (a patch embedding is one), and no attention."""
+    names = {type(m).__name__.lower() for m in model.modules()}
+    convolutions = sum(isinstance(m, (nn.Conv2d, nn.Conv3d)) for m in model.modules())
+    return convolutions > 1 and not any("attention" in name or "attn" in name for name in names)
+
+
+# Names of task heads where a model has no separate backbone, as in T5ForQuestionAnswering and timm's distilled nets.
+_HEADS = ("classifier", "score", "qa_outputs", "lm_head", "head", "head_dist", "aux_head", "classification_head")
 
 
 def _head_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters behind the backbone: of transformers models, and of timm's."""
     inner: Any = getattr(model, "timm_model", model)  # TimmWrapperForImageClassification
+    base = getattr(model, "base_model", None)
+    heads: list[Any] = []
     if callable(getattr(inner, "get_classifier", None)):
         classifier = inner.get_classifier()
-        return {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
-    head: set[int] = set()
-    base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and base is not model:
-        head = {id(p) for p in model.parameters()} - {id(p) for p in base.parameters()}
-    get_output_embeddings: Any = getattr(model, "get_output_embeddings", None)
-    if callable(get_output_embeddings):
-        output = get_output_embeddings()
-        head |= {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
-    return head
+        heads += [*(classifier if isinstance(classifier, tuple) else (classifier,)), getattr(inner, "aux_head", None)]
+    elif isinstance(base, nn.Module) and base is not model:
+        inside = {id(p) for p in base.parameters()}
+        return {id(p) for p in model.parameters()} - inside | _output_embeddings(model)
+    elif hasattr(model, "config"):
+        heads += [getattr(model, name, None) for name in _HEADS]
+    modules = [head for head in heads if isinstance(head, nn.Module)]
+    return {id(p) for head in modules for p in head.parameters()} | _output_embeddings(model)
+
+
+def _output_embeddings(model: Any) -> set[int]:
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if callable(find) else None
+    return {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()

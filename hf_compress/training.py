@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -9,13 +10,17 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from .family import Family, Variant, build_family
-from .patterns import Pattern, parse_pattern
+from .patterns import Pattern, parse_patterns
 from .targets import find_targets
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -32,6 +37,8 @@ class CompressionArguments(TrainingArguments):
         include: globs on names of weights that patterns may touch, in place of the default choice.
         exclude: globs on names of weights that patterns must not touch.
         calibration_samples: training samples for the batch-norm statistics of each variant.
+        check_loss_scaling: try before the first step whether the loss is divided by `num_items_in_batch`, and correct
+            the Trainer where it wrongly believes so.
     """
 
     variants: list[str] | None = field(
@@ -47,11 +54,15 @@ class CompressionArguments(TrainingArguments):
         default=1000, metadata={"help": "Training samples for the batch-norm statistics of each variant."}
     )
 
+    check_loss_scaling: bool = field(
+        default=True, metadata={"help": "Correct the loss of heads that ignore num_items_in_batch."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variants is not None:
-            self.variants = [str(parse_pattern(p)) for p in self.variants]
-        if self.calibration_samples < 1:
+            self.variants = list(map(str, parse_patterns(self.variants)))
+        if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
 
 
@@ -63,6 +74,8 @@ class CompressionMixin(_TrainerBase):
     args: Any
     model: Any
     optimizer: Any
+    train_dataset: Any
+    _loss_scaling_is_unknown = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,6 +85,40 @@ class CompressionMixin(_TrainerBase):
                 f"got {type(self.args).__name__}; every field of TrainingArguments is a field of it"
             )
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of an accumulation window, and by how many items their loss is divided."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._loss_scaling_is_unknown and batches:
+            self._loss_scaling_is_unknown = False
+            believes = num_items is not None and self.compute_loss_func is None
+            if believes and self.args.check_loss_scaling and not self._loss_is_divided_by_items(batches[0]):
+                logger.warning(
+                    f"The loss of {type(self.accelerator.unwrap_model(self.model)).__name__} ignores "
+                    "num_items_in_batch: the Trainer would multiply it by the accumulation steps and by the number of "
+                    "processes. It is corrected; --no_check_loss_scaling leaves it as it is."
+                )
+                self.model_accepts_loss_kwargs = False
+                num_items = None
+        return batches, num_items
+
+    @torch.no_grad()
+    def _loss_is_divided_by_items(self, batch: Any) -> bool:
+        """Whether twice the items halve the loss; tried in eval mode, which draws no random number."""
+        model = self.model_wrapped
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        losses: list[Any] = []
+        try:
+            for count in (1.0, 2.0):
+                items = torch.tensor(count, device=self.args.device)
+                with self.compute_loss_context_manager():
+                    losses.append(self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=items))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        one, two = losses
+        return bool((one - 2 * two).abs() <= 1e-3 * one.abs() + 1e-6)
 
     def build_family(
         self,
@@ -101,32 +148,34 @@ class CompressionMixin(_TrainerBase):
         patterns = self.args.variants if patterns is None else patterns
         if not patterns:
             raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
-        return build_family(
-            self.accelerator.unwrap_model(self.model),
-            patterns,
-            evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
-            calibration_data=_Batches(self) if self.train_dataset is not None else None,
-            calibration_samples=self.args.calibration_samples,
-            output_dir=Path(self.args.output_dir) / "_family" if output_dir is None else output_dir,
-            method=self.method,
-            task=task,
-            recipe=changed_arguments(self.args) if recipe is None else recipe,
-            processing_class=self.processing_class,
-            include=self.args.include,
-            exclude=self.args.exclude,
-            progress=progress,
-        )
+        with _generators_kept():
+            return build_family(
+                self.accelerator.unwrap_model(self.model),
+                patterns,
+                evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
+                calibration_data=_Batches(self) if self.train_dataset is not None else None,
+                calibration_samples=self.args.calibration_samples,
+                output_dir=Path(self.args.output_dir) / "_family" if output_dir is None else output_dir,
+                method=self.method,
+                task=task,
+                recipe=changed_arguments(self.args) if recipe is None else recipe,
+                processing_class=self.processing_class,
+                include=self.args.include,
+                exclude=self.args.exclude,
+                progress=progress,
+            )
 
-    def evaluate_variant(self, model: torch.nn.Module) -> dict[str, float]:
+    def evaluate_variant(self, model: torch.nn.Module) -> dict[str, Any]:
         """Metrics of another model on `eval_dataset`, without a trace in the log or in callbacks."""
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        metrics: dict[str, float] = {}
-        with self._in_place_of_the_model(model.to(self.args.device)):
-            for name, dataset in datasets.items():
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+        metrics: dict[str, Any] = {}
+        loss_only = True if self.compute_metrics is None else None
+        with self._in_place_of_the_model(model.to(self.args.device)), self.accelerator.autocast():
+            for name in names:
                 prefix = f"eval_{name}" if name else "eval"
-                loader = self.get_eval_dataloader(dataset)
-                output = self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix)
-                metrics |= {k.removeprefix("eval_"): float(v) for k, v in (output.metrics or {}).items()}
+                loader = self.get_eval_dataloader(name)
+                output = self.evaluation_loop(loader, "Evaluation", loss_only, metric_key_prefix=prefix)
+                metrics |= {k.removeprefix("eval_"): v for k, v in (output.metrics or {}).items()}
         return {k: v for k, v in metrics.items() if not k.endswith("model_preparation_time")}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -181,7 +230,7 @@ def changed_arguments(args: Any) -> dict[str, Any]:
 
 
 class _Batches:
-    """Batches of training data in an order of their own; every pass is the same and leaves all generators as they are.
+    """Batches of training data in an order of their own; every pass is the same.
 
     The trainer's own loader would deal its batches to the ranks, and take its order from the training's generator.
     """
@@ -192,14 +241,28 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         args, dataset = self.trainer.args, self.trainer.train_dataset
         sampler = None
-        if isinstance(dataset, Dataset) or hasattr(dataset, "__len__"):
-            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))  # type: ignore[arg-type]
+        if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
+            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))
         loader = DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=args.per_device_train_batch_size,
             sampler=sampler,
             collate_fn=self.trainer._get_collator_with_removed_columns(self.trainer.data_collator),
         )
-        with torch.random.fork_rng(devices=[]):  # augmentation draws from the global generator
-            torch.manual_seed(args.seed)
+        with _generators_kept():  # augmentation draws from the global ones
+            random.seed(args.seed)
+            np.random.seed(args.seed % 2**32)
+            torch.default_generator.manual_seed(args.seed)
             yield from loader
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """The global generators of the CPU are afterwards what they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

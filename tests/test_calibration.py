@@ -26,8 +26,9 @@ def test_statistics_are_averages_over_the_samples(net):
     assert hfc.recalibrate_batch_norm(net, data, num_samples=45) == 45
     outputs = [net[0](x) for x, _ in data]
     outputs = [*outputs[:4], outputs[4][:5]]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
-    variance = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in outputs]).mean(0)
+    weights = torch.tensor([len(y) / 45 for y in outputs])[:, None]
+    mean = (weights * torch.stack([y.mean((0, 2, 3)) for y in outputs])).sum(0)
+    variance = (weights * torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in outputs])).sum(0)
     torch.testing.assert_close(net[1].running_mean, mean)
     torch.testing.assert_close(net[1].running_var, variance)
 
@@ -45,6 +46,18 @@ def test_nothing_else_changes(net):
     assert torch.equal(torch.get_rng_state(), rng)  # dropout stayed off
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, state[k])}
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_a_single_last_sample_has_no_variance_and_is_left_out():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    data = [torch.randn(4, 3), torch.randn(4, 3), torch.randn(1, 3)]
+    assert hfc.recalibrate_batch_norm(net, data) == 8
+    torch.testing.assert_close(net[0].running_mean, torch.cat(data[:2]).mean(0))
+
+
+def test_inputs_take_the_type_of_the_model(net):
+    net(batches()[0][0])
+    assert hfc.recalibrate_batch_norm(net.bfloat16(), batches()) == 60
 
 
 def test_without_batch_norm_no_data_is_read(mlp):

@@ -62,6 +62,20 @@ def test_the_head_of_a_vision_transformer_is_left_out_and_a_conv_nets_is_not():
     assert sum(t.kind == "conv" for t in resnet.values()) == len(resnet) - 1
 
 
+def test_heads_without_a_backbone_of_their_own_are_left_out():
+    import timm
+    import transformers as t
+
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    assert "qa_outputs.weight" not in hfc.find_targets(t.T5ForQuestionAnswering(t.T5Config(**sizes)))
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=5)
+    assert not [name for name in hfc.find_targets(distilled) if name.startswith("head")]
+    mixer = timm.create_model("mixer_s32_224", num_classes=5)
+    assert "head.weight" not in hfc.find_targets(mixer)
+    class_attention = timm.create_model("cait_xxs24_224", num_classes=5, depth=1)
+    assert "head.weight" not in hfc.find_targets(class_attention)
+
+
 def test_timm_models_bare_and_wrapped():
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification

@@ -44,8 +44,11 @@ def render(family: Family) -> str:
     for variant in (family.dense, *family.variants):
         row = [variant.pattern or "dense", f"{100 * variant.sparsity:.1f} %"]
         if metric:
-            value = variant.metrics[metric]
-            row += [f"{value:.4f}", f"{value - family.dense.metrics[metric]:+.4f}" if variant.pattern else ""]
+            value, dense = variant.metrics.get(metric), family.dense.metrics[metric]
+            if value is None or dense is None:
+                row += ["nan", ""]
+            else:
+                row += [f"{value:.4f}", f"{value - dense:+.4f}" if variant.pattern else ""]
         latency = variant.latency
         time = "-" if latency is None else f"{latency['milliseconds'] / latency['dense_milliseconds']:.2f} x"
         if latency and variant.pattern is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..calibration import recalibrate_batch_norm
+from ..calibration import like_parameters, recalibrate_batch_norm
 from ..distributed import is_main_process, run_on_main
 from ..oneshot import CompressionReport, compress
-from ..patterns import Pattern, Unstructured, parse_pattern
+from ..patterns import Pattern, Unstructured, parse_patterns
 from ..targets import unwrap
 from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
@@ -25,7 +27,7 @@ from .manifest import Family, commit_folder, load_family, start_folder, write_ma
 from .plots import plot_family
 from .variant import Variant
 
-Evaluate = Callable[[Any], Mapping[str, float]]
+Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
 def build_family(
@@ -53,7 +55,8 @@ def build_family(
     Args:
         model: with `save_pretrained` and `from_pretrained`; it is not changed.
         patterns: such as ["unstructured:0.9", "2:4"].
-        evaluate: takes a model in eval mode on the device of `model`, returns its metrics, the main one first.
+        evaluate: takes a model in eval mode on the device of `model`, returns its metrics, the main one first; what is
+            no number is left out.
         calibration_data: batches of training data (iterated anew for every variant) for batch-norm statistics.
         output_dir: a new folder, an empty one, or an older family that is replaced at the end.
         calibration_samples: how many samples to take at most.
@@ -81,6 +84,7 @@ def build_family(
         raise ValueError("calibration_data is an iterator, which the first variant would use up; give a DataLoader")
     if example_inputs is None and calibration_data is not None:
         example_inputs = _first_sample(calibration_data)
+    json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
     cut = _distinct(patterns)
     target = Path(output_dir).absolute()
     partial = run_on_main(lambda: start_folder(target))
@@ -123,11 +127,11 @@ class _Job:
         name = pattern.revision if pattern else "dense"
         report: CompressionReport = run_on_main(lambda: self._write(name, pattern))
         loaded = self._load(name)
-        metrics: dict[str, float] = {}
+        numbers = run_on_main(lambda: self._measure(name, loaded))  # before evaluate, which may change the type
+        metrics: dict[str, float | None] = {}
         if self.evaluate is not None:
             with torch.no_grad():
-                metrics = {k: float(v) for k, v in self.evaluate(loaded).items()}
-        numbers = run_on_main(lambda: self._measure(name, loaded))
+                metrics = _numbers(self.evaluate(loaded))
         return Variant(
             pattern=str(pattern) if pattern else None,
             revision=name if pattern else "main",
@@ -163,8 +167,7 @@ class _Job:
         numbers = {"bytes": raw, "compressed_bytes": compressed, "parameters": parameters, "nonzero": nonzero}
         if self.example_inputs is None:
             return numbers
-        device = next(loaded.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.example_inputs.items()}
+        inputs = {k: like_parameters(loaded, v) for k, v in self.example_inputs.items()}
         latency = measure_latency(loaded, self._load("dense"), inputs)
         return {**numbers, "macs": count_macs(loaded, inputs), "latency": latency}
 
@@ -205,7 +208,7 @@ def _finish(family: Family, target: Path) -> None:
 
 def _distinct(patterns: Sequence[str | Pattern]) -> list[Pattern]:
     parsed: dict[str, Pattern] = {}
-    for pattern in map(parse_pattern, [patterns] if isinstance(patterns, (str, Pattern)) else patterns):
+    for pattern in parse_patterns(patterns):
         if pattern.revision in parsed:
             other = parsed[pattern.revision]
             raise ValueError(f"patterns {other} and {pattern} have the same revision {pattern.revision}; keep one")
@@ -219,6 +222,18 @@ def _first_sample(batches: Iterable[Any]) -> dict[str, Any] | None:
         return None
     labels = ("labels", "label", "label_ids")
     return {k: v[:1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items() if k not in labels}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics that are one number; None, which JSON has a word for, where it is not finite."""
+    found: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # a matrix, a text
+            continue
+        found[name] = number if math.isfinite(number) else None
+    return found
 
 
 def _loads_with(model: nn.Module) -> str:

@@ -102,7 +102,9 @@ def start_folder(target: Path) -> Path:
         raise ValueError(f"{target} is a file; choose a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise ValueError(f"{target} is not empty and holds no family; choose another folder")
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
+    if old.is_dir() and not target.exists():
+        old.rename(target)  # a process died between the two renames of a commit
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -113,18 +115,28 @@ def start_folder(target: Path) -> Path:
 
 def commit_folder(partial: Path, target: Path) -> None:
     """Flush everything to disk and put the new folder in the place of `target`; an older one goes last."""
-    for path in [*(p for p in partial.rglob("*")), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

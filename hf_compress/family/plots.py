@@ -11,10 +11,10 @@ from .variant import Variant
 _INK, _QUIET, _LINE, _POINT = "#1a1a1a", "#8a8a8a", "#2a6fbb", "#d1603d"
 
 
-def main_metric(metrics: dict[str, float]) -> str | None:
-    """The metric that a family is judged by: the first that is neither loss nor timing."""
+def main_metric(metrics: dict[str, float | None]) -> str | None:
+    """The metric that a checkpoint is judged by: the first that is a number and neither loss nor timing."""
     timing = ("loss", "runtime", "samples_per_second", "steps_per_second")
-    return next((name for name in metrics if not name.endswith(timing)), None)
+    return next((name for name, value in metrics.items() if value is not None and not name.endswith(timing)), None)
 
 
 def plot_family(family: Family, stem: Path) -> list[Path]:
@@ -24,7 +24,7 @@ def plot_family(family: Family, stem: Path) -> list[Path]:
         The two paths; none where the family has no metric.
     """
     metric = main_metric(family.dense.metrics)
-    variants = [v for v in family.variants if metric in v.metrics]
+    variants = [v for v in family.variants if metric is not None and v.metrics.get(metric) is not None]
     if metric is None or not variants:
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,7 +17,7 @@ class Variant:
         made_by: "one_shot" (cut from the dense checkpoint) or "trained".
         storage: how its bytes are written: "dense".
         loads_with: "transformers", or "hf_compress" where that must be imported first.
-        metrics: what `evaluate` gave for the checkpoint as it was loaded back from disk.
+        metrics: what `evaluate` gave for the checkpoint as it was loaded back from disk; None where it was not finite.
         bytes: of all files in the folder.
         compressed_bytes: of the same files after zlib, level 6: what a compressed download costs.
         parameters: entries of all parameters, tied ones once.
@@ -35,7 +35,7 @@ class Variant:
     made_by: str
     storage: str
     loads_with: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     bytes: int
     compressed_bytes: int
     parameters: int

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .base import Pattern, parse_pattern
+from .base import Pattern, parse_pattern, parse_patterns
 from .chain import Chain
 from .n_m import NM
 from .quantized import Quantized
 from .unstructured import Unstructured
 
-__all__ = ["NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern"]
+__all__ = ["NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern", "parse_patterns"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -101,6 +101,17 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         if pattern is not None:
             return pattern
     raise ValueError(f"{text!r} is no pattern; allowed: {forms}")
+
+
+def parse_patterns(patterns: str | Pattern | Iterable[str | Pattern]) -> list[Pattern]:
+    """Several patterns; one alone counts as a list of one.
+
+    Raises:
+        ValueError: as `parse_pattern`.
+    """
+    if isinstance(patterns, Iterable) and not isinstance(patterns, str):
+        return [parse_pattern(p) for p in patterns]
+    return [parse_pattern(patterns)]
 
 
 def parse_share(text: str, forms: str) -> float:

@@ -125,6 +125,31 @@ def test_an_older_family_is_replaced_whole(tmp_path, vit):
     assert [p.name for p in tmp_path.iterdir()] == ["family"]
 
 
+@pytest.mark.parametrize("dies", ["before", "between", "fails"])
+def test_a_process_that_dies_while_it_puts_the_new_family_in_place(tmp_path, vit, monkeypatch, dies):
+    """Between the two renames the old family lies aside; the next build finds it."""
+    from pathlib import Path
+
+    folder = tmp_path / "family"
+    old = hfc.build_family(vit, ["2:4"], output_dir=folder)
+    if dies == "fails":
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to: 1 / 0 if self.name == ".family.partial" else rename(self, to)
+        )
+        with pytest.raises(ZeroDivisionError):
+            hfc.build_family(vit, ["4:8"], output_dir=folder)
+        assert hfc.load_family(folder) == old
+        return
+    (tmp_path / ".family.partial").mkdir()
+    if dies == "between":
+        folder.rename(tmp_path / ".family.old")
+    with pytest.raises(RuntimeError):
+        hfc.build_family(vit, ["4:8"], failing, output_dir=folder)
+    assert hfc.load_family(folder) == old
+    assert [p.name for p in tmp_path.iterdir()] == ["family"]
+
+
 def failing(model):
     raise RuntimeError("out of memory")
 

@@ -4,8 +4,9 @@ With g1 the gradient at the weights w, C a pattern and M its mask on w + rho * g
 
     u = g1 + M * g2,    g2 = gradient at C(w + rho * g1)        (CrAM+, masked gradient)
 
-`plus=False` leaves g1 out, `mask_gradient=False` leaves M out. The ascent is not normalised. C is drawn anew in every
-step from `patterns`. Peste et al., CrAM: A Compression-Aware Minimizer, ICLR 2023, arXiv:2207.14200.
+`plus=False` leaves g1 out, `mask_gradient=False` leaves M out. The ascent is not normalised unless asked for. C is
+drawn anew in every step from `patterns`. Source: Peste et al., CrAM: A Compression-Aware Minimizer, ICLR 2023,
+arXiv:2207.14200.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
-from ...patterns import Pattern, parse_pattern
+from ...patterns import Pattern, parse_patterns
 from ...targets import Target, find_targets, unwrap
 
+_HALF = (torch.bfloat16, torch.float16)
 DEFAULT_PATTERNS = ("unstructured:0.5", "unstructured:0.7", "unstructured:0.9")
 
 
@@ -49,12 +51,18 @@ class CrAM(torch.optim.Optimizer):
         include: globs on names, see `find_targets`.
         exclude: globs on names, see `find_targets`.
         seed: of the draws.
+        plus_reduction: "sum" as published, or "mean" of the two gradients.
+        normalize: ascend by rho * g1 / (|g1| + 1e-12), with the norm over all parameters. With `plus=False` and without
+            patterns this is SAM (Foret et al., ICLR 2021, arXiv:2010.01412).
+        every: take a second gradient in every so many steps, and plain steps between them.
 
     Raises:
         ValueError: for a wrong pattern, glob or rho, or a model in which no target is trained.
 
     Source: Peste et al., ICLR 2023, arXiv:2207.14200. Defaults are those of the published ImageNet runs.
     """
+
+    _step_supports_amp_scaling = False  # a GradScaler would hand the scale to this object, not to the wrapped one
 
     def __init__(
         self,
@@ -67,12 +75,17 @@ class CrAM(torch.optim.Optimizer):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
+        plus_reduction: str = "sum",
+        normalize: bool = False,
+        every: int = 1,
     ) -> None:
         self.optimizer = optimizer
         self.model = unwrap(model)
-        self.patterns = tuple(parse_pattern(p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+        self.patterns = tuple(parse_patterns(patterns))
         self.rho = check_rho(rho)
-        self.plus, self.mask_gradient, self.seed = plus, mask_gradient, seed
+        check_options(plus_reduction, every)
+        self.plus, self.plus_reduction, self.normalize, self.every = plus, plus_reduction, normalize, every
+        self.mask_gradient, self.seed = mask_gradient, seed
         targets = find_targets(self.model, include, exclude)
         if self.patterns and not any(t.parameter.requires_grad for t in targets.values()):
             raise ValueError(
@@ -92,9 +105,9 @@ class CrAM(torch.optim.Optimizer):
         return self.patterns[random.Random(f"{self.seed}/{self._num_steps}").randrange(len(self.patterns))]
 
     @property
-    def is_identity(self) -> bool:
-        """True if nothing is perturbed or compressed, so that a second gradient would be the first."""
-        return self.rho == 0 and not self.patterns
+    def needs_second_gradient(self) -> bool:
+        """False in steps between those of `every`, and where nothing is perturbed or compressed."""
+        return bool(self.rho or self.patterns) and self._num_steps % self.every == 0
 
     @contextmanager
     def compressed(self, grad_scale: float = 1.0) -> Iterator[Pattern | None]:
@@ -102,7 +115,8 @@ class CrAM(torch.optim.Optimizer):
 
         Enter it once a step, when the gradients of the whole accumulation window are there (and reduced over ranks),
         and run forward and backward of every batch of the window inside. When the block ends, `.grad` holds the
-        combined gradient. Batch norms count no statistics inside.
+        combined gradient. Normalisation layers count no statistics inside. In a step without second gradient
+        (`needs_second_gradient`) weights and gradients are afterwards what they were.
 
         Args:
             grad_scale: the factor in the gradients, under a GradScaler its scale.
@@ -118,54 +132,19 @@ class CrAM(torch.optim.Optimizer):
             raise RuntimeError("compressed() was entered twice; leave the first block, then call step()")
         if not parameters:
             raise RuntimeError("compressed() needs gradients: call backward() on the loss of this step first")
-        targets = {n: Target(self.model.get_parameter(n), dim, kind) for n, (dim, kind) in self._targets.items()}
-        pattern = self.pattern
-        touched = {id(p): p for p in parameters}
-        if pattern:
-            touched |= {id(t.parameter): t.parameter for t in targets.values()}
-        with torch.no_grad():
-            saved = [(p, p.detach().clone()) for p in touched.values()]
-            first = [p.grad.clone() for p in parameters] if self.is_identity else None
-        handles: list[Any] = []
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        pattern = self.pattern if self.needs_second_gradient else None
+        step = _Ascent(self, parameters, self._live_targets() if pattern else {})
         self._is_compressed = True
         try:
-            with torch.no_grad():
-                self._perturb_(parameters, self.rho / grad_scale)
-                handles = self._compress_(pattern, targets) if pattern else []
-            for norm in norms:
-                norm.track_running_stats = False
+            step.enter(pattern, grad_scale)
             yield pattern
+            step.combine()
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
-            for handle in handles:
-                handle.remove()
-            with torch.no_grad():
-                for parameter, value in saved:
-                    parameter.copy_(value)
-                for parameter, gradient in zip(parameters, first or [], strict=False):
-                    parameter.grad.copy_(gradient)
+            step.restore()
             self._is_compressed = False
 
-    def _perturb_(self, parameters: list[torch.Tensor], alpha: float) -> None:
-        """w + alpha * grad for every parameter; what stays in .grad is what the second gradient is added to."""
-        for parameter in parameters:
-            assert parameter.grad is not None
-            if alpha:
-                parameter.add_(parameter.grad, alpha=alpha)
-            if not self.plus:
-                parameter.grad.zero_()
-
-    def _compress_(self, pattern: Pattern, targets: dict[str, Target]) -> list[Any]:
-        """Write the pattern's zeros, and hook its mask to the gradients that are to come."""
-        handles = []
-        for name, mask in pattern.select(targets).items():
-            parameter, removed = targets[name].parameter, mask.logical_not_()
-            parameter.masked_fill_(removed, 0)
-            if self.mask_gradient and parameter.requires_grad:
-                handles.append(parameter.register_hook(_masking(removed)))
-        return handles
+    def _live_targets(self) -> dict[str, Target]:
+        return {n: Target(self.model.get_parameter(n), dim, kind) for n, (dim, kind) in self._targets.items()}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step of the wrapped optimizer with the gradients that are there."""
@@ -193,6 +172,18 @@ class CrAM(torch.optim.Optimizer):
         self._num_steps = int(state_dict.pop("step", 0))
         self.optimizer.load_state_dict(state_dict)
 
+    def __getattr__(self, name: str) -> Any:
+        """Everything else, the registration of hooks for instance, is the wrapped optimizer's."""
+        if name == "optimizer":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The wrapped optimizer's."""
@@ -209,11 +200,106 @@ class CrAM(torch.optim.Optimizer):
         return self.optimizer.defaults
 
 
+class _Ascent:
+    """One excursion to the compressed weights, and back with the combined gradient.
+
+    Memory beyond the plain step, only inside the block: one copy of the weights, a byte for each weight of a target.
+    """
+
+    def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
+        self.cram, self.parameters, self.targets = cram, parameters, targets
+        touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
+        self.saved = [(p, p.detach().clone()) for p in touched.values()]
+        self.unchanged = [] if cram.needs_second_gradient else [_gradient(p).clone() for p in parameters]
+        self.norms = [m for m in cram.model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self.handles: list[Any] = []
+
+    @torch.no_grad()
+    def enter(self, pattern: Pattern | None, grad_scale: float) -> None:
+        """Write C(w + rho * grad), and prepare gradients for what the second backward adds to them."""
+        for norm in self.norms:
+            norm.track_running_stats = False
+        if self.unchanged:
+            return
+        in_float = {n: t for n, t in self.targets.items() if t.parameter.dtype not in _HALF}
+        # Half a step of rho * g is lost in 8 bits of mantissa, so that targets are perturbed and selected in float32.
+        in_half = {n: t for n, t in self.targets.items() if t.parameter.dtype in _HALF}
+        wide = {n: Target(t.parameter.float(), t.reduction_dim, t.kind) for n, t in in_half.items()}
+        rho = self._coefficient(grad_scale)
+        for name, target in in_half.items():
+            if target.parameter.grad is not None:
+                _add_(wide[name].parameter, target.parameter.grad.float(), rho)
+        for parameter in self.parameters:
+            _add_(parameter, _gradient(parameter), rho)
+            if not self.cram.plus:
+                _gradient(parameter).zero_()
+        if pattern is not None:
+            try:
+                masks = pattern.compress_({n: wide[n] if n in wide else in_float[n] for n in self.targets})
+            except ValueError as error:
+                raise ValueError(f"{error} (at w + rho * gradient: is the gradient of this step finite?)") from error
+            for name, target in in_half.items():
+                target.parameter.copy_(wide[name].parameter)
+            self._mask_gradients(masks)
+
+    def combine(self) -> None:
+        """What the block leaves in the gradients when it ends without an exception."""
+        if self.cram.plus and self.cram.plus_reduction == "mean" and not self.unchanged:
+            for parameter in self.parameters:
+                _gradient(parameter).mul_(0.5)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; safe at any moment of the block."""
+        for norm in self.norms:
+            norm.track_running_stats = True
+        for handle in self.handles:
+            handle.remove()
+        for parameter, value in self.saved:
+            parameter.copy_(value)
+        for parameter, gradient in zip(self.parameters, self.unchanged, strict=False):
+            _gradient(parameter).copy_(gradient)
+
+    def _coefficient(self, grad_scale: float) -> float | torch.Tensor:
+        """The factor of the (scaled) gradient in the ascent."""
+        if not self.cram.normalize:
+            return self.cram.rho / grad_scale
+        squares = [torch.linalg.vector_norm(_gradient(p), dtype=torch.float64).square() for p in self.parameters]
+        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        return (self.cram.rho / (norm + 1e-12)).float()
+
+    def _mask_gradients(self, masks: dict[str, torch.Tensor]) -> None:
+        for name, mask in masks.items():
+            parameter = self.targets[name].parameter
+            if self.cram.mask_gradient and parameter.requires_grad:
+                self.handles.append(parameter.register_hook(_masking(mask.logical_not_())))
+
+
 def check_rho(rho: float) -> float:
     """`rho` if it is finite and not negative; ValueError otherwise."""
-    if not 0 <= rho < float("inf"):
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
     return rho
+
+
+def check_options(plus_reduction: str, every: int) -> None:
+    """ValueError for an unknown reduction, or an interval that is no whole number of at least 1."""
+    if plus_reduction not in ("sum", "mean"):
+        raise ValueError(f"plus_reduction must be 'sum' or 'mean', got {plus_reduction!r}")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+
+
+def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Tensor) -> None:
+    if isinstance(factor, torch.Tensor):
+        weight.addcmul_(gradient, factor.to(weight.device, weight.dtype))
+    elif factor:
+        weight.add_(gradient, alpha=factor)
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _masking(removed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

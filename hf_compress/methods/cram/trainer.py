@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class CrAMMixin(CompressionMixin):
                 rho=args.rho,
                 plus=args.plus,
                 mask_gradient=args.mask_gradient,
+                plus_reduction=args.plus_reduction,
+                normalize=args.normalize,
+                every=args.every,
                 include=args.include,
                 exclude=args.exclude,
                 seed=args.seed,
@@ -62,7 +66,7 @@ class CrAMMixin(CompressionMixin):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The first sweep's step; the last one of a window is followed by the whole second sweep."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and not self.cram.is_identity:
+        if self.accelerator.sync_gradients and self.cram.needs_second_gradient:
             self._second_sweep(model, num_items_in_batch)
         return loss
 
@@ -72,9 +76,13 @@ class CrAMMixin(CompressionMixin):
             scale = self.accelerator.scaler.get_scale()
             if not self._gradients_are_finite():
                 return  # an overflow: the scaler skips this step
+        window = self._window
+        if self.args.second_share < 1:
+            window = [_first_share(batch, self.args.second_share) for batch in window]
+            num_items_in_batch = self._get_num_items_in_batch(window, self.args.device)
         with self.cram.compressed(grad_scale=scale):
-            for i, batch in enumerate(self._window):
-                is_last = i == len(self._window) - 1
+            for i, batch in enumerate(window):
+                is_last = i == len(window) - 1
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     loss = super().training_step(model, batch, num_items_in_batch)
                 self._compressed_loss = loss if self._compressed_loss is None else self._compressed_loss + loss
@@ -91,6 +99,15 @@ class CrAMMixin(CompressionMixin):
             logs["compressed_loss"] = total.item() / self._num_second_sweeps
             self._compressed_loss, self._num_second_sweeps = None, 0
         super().log(logs, *args, **kwargs)
+
+
+def _first_share(batch: Any, share: float) -> Any:
+    """The first samples of a batch, at least one."""
+    sizes = {v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim}
+    size = max(sizes)
+    count = math.ceil(share * size)
+    is_per_sample = lambda v: isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == size  # noqa: E731
+    return {k: v[:count] if is_per_sample(v) else v for k, v in batch.items()}
 
 
 class CrAMTrainer(CrAMMixin, Trainer):

@@ -43,7 +43,20 @@ def loss_of(net, batch):
     return cross_entropy(net(batch[0]), batch[1])
 
 
-def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient):
+def reference_mask_24(weight):
+    groups = weight.movedim(1, -1).unflatten(-1, (-1, 4))
+    order = groups.abs().argsort(dim=-1, stable=True)
+    return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order[..., :2], False).flatten(-2).movedim(-1, 1)
+
+
+def reference_int8(weight):
+    """Symmetric, a scale for each output channel, half to even."""
+    peak = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.ndim - 1))
+    scale = torch.where(peak > 0, peak / 127, 1.0)
+    return (weight / scale).round().clamp(-127, 127) * scale
+
+
+def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient, normalize=False, mean=False):
     """One step from the formulas, by functional calls: weights never change on the way."""
     names = [n for n, p in net.named_parameters() if p.requires_grad]
     values = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
@@ -54,17 +67,23 @@ def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient):
         for name, buffer in net.named_buffers():
             buffer.copy_(buffers[name])
     perturbed = {n: v.detach().clone() for n, v in values.items()}
+    if normalize:
+        rho = rho / (sum(g.double().square().sum() for g in first).sqrt().item() + 1e-12)
     for name, gradient in zip(names, first, strict=True):
-        perturbed[name] += rho * gradient
+        perturbed[name].add_(gradient, alpha=rho)  # one rounding: a grid of 8 bits jumps at the last bit
     weights = {n: perturbed[n] for n in perturbed if n.endswith("weight") and perturbed[n].ndim > 1}
     masks = {}
+    text, _, rounded = (text or "").partition("+")
+    if text == "int8":
+        text, rounded = "", "int8"
     if text == "2:4":
+        masks = {n: reference_mask_24(w) for n, w in weights.items() if w.shape[1] % 4 == 0}
+    elif text.endswith(":layer"):
         for name, weight in weights.items():
-            if weight.shape[1] % 4 == 0:
-                groups = weight.movedim(1, -1).unflatten(-1, (-1, 4))
-                order = groups.abs().argsort(dim=-1, stable=True)
-                kept = torch.ones_like(groups, dtype=torch.bool).scatter(-1, order[..., :2], False)
-                masks[name] = kept.flatten(-2).movedim(-1, 1)
+            order = weight.abs().flatten().argsort(stable=True)
+            kept = torch.ones(weight.numel(), dtype=torch.bool)
+            kept[order[: int(float(text.split(":")[1]) * weight.numel() + 1e-9)]] = False
+            masks[name] = kept.view(weight.shape)
     elif text:
         flat = torch.cat([w.abs().flatten() for w in weights.values()])
         order = flat.argsort(stable=True)
@@ -73,13 +92,15 @@ def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient):
         parts = kept.split([w.numel() for w in weights.values()])
         masks = {n: k.view(weights[n].shape) for n, k in zip(weights, parts, strict=True)}
     compressed = {n: torch.where(masks[n], v, 0.0) if n in masks else v for n, v in perturbed.items()}
+    if rounded:
+        compressed |= {n: reference_int8(compressed[n]) for n in weights}
     compressed = {n: v.detach().requires_grad_() for n, v in compressed.items()}
     output = torch.func.functional_call(net, (compressed, {n: b.clone() for n, b in net.named_buffers()}), (batch[0],))
     second = torch.autograd.grad(cross_entropy(output, batch[1]), [compressed[n] for n in names])
     for name, g1, g2 in zip(names, first, second, strict=True):
         if mask_gradient and name in masks:
             g2 = torch.where(masks[name], g2, 0.0)
-        net.get_parameter(name).grad = g1 + g2 if plus else g2
+        net.get_parameter(name).grad = (g1 + g2) / (2 if mean else 1) if plus else g2
     optimizer.step()
     optimizer.zero_grad()
 
@@ -87,7 +108,7 @@ def reference_step(net, optimizer, batch, text, rho, plus, mask_gradient):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 @pytest.mark.parametrize(("plus", "mask_gradient"), list(itertools.product([True, False], repeat=2)))
-@pytest.mark.parametrize("text", ["unstructured:0.7", "2:4", None])
+@pytest.mark.parametrize("text", ["unstructured:0.7", "unstructured:0.6:layer", "2:4", "int8", "2:4+int8", None])
 def test_four_steps_equal_the_formulas(net, optimizer, plus, mask_gradient, text):
     ours, theirs = make_net(net), make_net(net)
     patterns = [text] if text else []
@@ -104,6 +125,80 @@ def test_four_steps_equal_the_formulas(net, optimizer, plus, mask_gradient, text
         reference_step(theirs, other, batch, text, 0.05, plus, mask_gradient)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"plus_reduction": "mean"}, {"mean": True}),
+        ({"normalize": True}, {"normalize": True}),
+        ({"normalize": True, "plus": False, "patterns": []}, {"normalize": True, "plus": False, "text": None}),
+        ({"patterns": ["2:4", "unstructured:0.7"]}, {"text": ["2:4", "unstructured:0.7"]}),
+        ({"every": 2}, {}),
+    ],
+    ids=["mean", "normalised", "SAM", "mix", "every second step"],
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_options_equal_the_formulas(optimizer, options, reference):
+    ours, theirs = make_net("cnn"), make_net("cnn")
+    opt = CrAM(OPTIMIZERS[optimizer](ours.parameters()), ours, **{"patterns": ["2:4"], "rho": 0.05, **options})
+    other = OPTIMIZERS[optimizer](theirs.parameters())
+    arguments = {"text": "2:4", "rho": 0.05, "plus": True, "mask_gradient": True, **reference}
+    drawn = set()
+    for i, batch in enumerate(data(6)):
+        text = arguments["text"]
+        if isinstance(text, list):
+            text = str(opt.pattern)
+            drawn.add(text)
+        loss_of(ours, batch).backward()
+        with opt.compressed():
+            loss_of(ours, batch).backward()
+        opt.step()
+        opt.zero_grad()
+        if options.get("every", 1) == 2 and i % 2:
+            loss_of(theirs, batch).backward()
+            other.step()
+            other.zero_grad()
+        else:
+            reference_step(theirs, other, batch, **{**arguments, "text": text})
+    assert not isinstance(arguments["text"], list) or drawn == set(arguments["text"])
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_half_precision_weights_are_selected_in_float32():
+    """rho * g is below half a step of bfloat16 here, and still decides."""
+    net = nn.Linear(64, 64, bias=False).bfloat16()
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    opt = CrAM(torch.optim.SGD(net.parameters(), lr=0.0), net, ["unstructured:0.5"], rho=1e-4)
+    gradient = torch.randn(64, 64).bfloat16()
+    net.weight.grad = gradient.clone()
+    kept = hfc.Unstructured(0.5).masks({"w": 1.0 + 1e-4 * gradient.float()})["w"]
+    with opt.compressed():
+        assert torch.equal(net.weight != 0, kept)
+    assert net.weight.eq(1).all()
+
+
+def test_copies_pickles_and_hooks_are_those_of_an_optimizer():
+    import pickle
+
+    net = make_net("mlp")
+    opt = CrAM(OPTIMIZERS["adamw"](net.parameters()), net, ["unstructured:0.5"])
+    calls = []
+    opt.register_step_post_hook(lambda *_: calls.append("step"))
+    opt.register_state_dict_pre_hook(lambda *_: calls.append("state"))
+    for twin in (copy.deepcopy(opt), opt):
+        loss_of(twin.model, data()[0]).backward()
+        with twin.compressed():
+            loss_of(twin.model, data()[0]).backward()
+        twin.step()
+        twin.state_dict()
+    assert calls.count("step") >= 1
+    assert "state" in calls
+    bare = CrAM(OPTIMIZERS["adamw"](net.parameters()), net, ["2:4"])
+    assert str(pickle.loads(pickle.dumps(bare)).pattern) == "2:4"
+    assert not hasattr(bare, "train")
 
 
 @pytest.mark.parametrize("plus", [True, False])
@@ -310,7 +405,15 @@ def test_wrong_use():
             opt.step()
 
 
-@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"every": 0}, "every must be"), ({"plus_reduction": "max"}, "must be 'sum' or 'mean'")]
+)
+def test_wrong_options(mlp, options, message):
+    with pytest.raises(ValueError, match=message):
+        CrAM(torch.optim.SGD(mlp.parameters(), lr=0.1), mlp, **options)
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), "0.1", None, [1]])
 def test_wrong_rho(mlp, rho):
     with pytest.raises(ValueError, match="rho must be a finite number"):
         CrAM(torch.optim.SGD(mlp.parameters(), lr=0.1), mlp, rho=rho)

@@ -65,6 +65,100 @@ def test_accumulation_equals_one_large_batch(tmp_path, steps):
     assert largest_difference(whole, train(tmp_path, tiny_vit(), LastBatchOnly, **parts).model) > 1e-5
 
 
+def tiny_bert():
+    import transformers as t
+
+    t.set_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return t.BertForSequenceClassification(t.BertConfig(**sizes, **dropout, intermediate_size=24))
+
+
+def text_samples():
+    ids = torch.randint(5, 64, (48, 12), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": i, "labels": i.sum() % 3} for i in ids]
+
+
+def test_a_head_that_ignores_the_number_of_items_is_corrected(tmp_path):
+    """transformers#47688: the stock loop multiplies the loss of this head by the accumulation steps."""
+    models, losses = {}, {}
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    for name, options in {"whole": {}, "parts": parts, "stock": {**parts, "check_loss_scaling": False}}.items():
+        trainer = hfc.CrAMTrainer(model=tiny_bert(), args=config(tmp_path, **options), train_dataset=text_samples())
+        trainer.train()
+        models[name], losses[name] = trainer.model, trainer.state.log_history[0]["loss"]
+    assert largest_difference(models["whole"], models["parts"]) < 1e-6
+    assert losses["parts"] == pytest.approx(losses["whole"], abs=1e-3)
+    assert losses["stock"] == pytest.approx(4 * losses["whole"], abs=1e-2)
+    assert largest_difference(models["whole"], models["stock"]) > 1e-3
+
+
+def test_a_head_that_divides_by_them_is_left_alone(tmp_path):
+    trainer = train(tmp_path, tiny_vit())
+    assert trainer.model_accepts_loss_kwargs
+
+
+def test_the_second_gradient_on_a_share_of_the_batch(tmp_path):
+    """The compressed loss is that of the first samples, divided by as many."""
+    sizes = []
+
+    class Watching(hfc.CrAMTrainer):
+        def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+            if model.training:
+                sizes.append((len(inputs["labels"]), int(num_items_in_batch)))
+            return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    train(tmp_path, tiny_vit(), Watching, second_share=0.3, max_steps=2)
+    assert sizes == [(16, 16), (5, 5)] * 2
+    with pytest.raises(ValueError, match="second_share must be above 0"):
+        config(tmp_path, second_share=0.0)
+
+
+def test_every_second_step(tmp_path):
+    steps = []
+
+    class Watching(hfc.CrAMTrainer):
+        def _second_sweep(self, *args):
+            steps.append(self.state.global_step)
+            super()._second_sweep(*args)
+
+    trainer = train(tmp_path, tiny_vit(), Watching, every=2)
+    assert steps == [0, 2]
+    assert ["compressed_loss" in row for row in trainer.state.log_history if "loss" in row] == [True, False] * 2
+
+
+def test_the_best_model_is_loaded_whole(tmp_path):
+    """The stock Trainer leaves weights as they are whose names on disk are not the live ones (transformers#43701)."""
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    schedule = {"save_steps": 1, "eval_steps": 1, "metric_for_best_model": "first", "greater_is_better": True}
+    steps = iter([1.0, 0.0, 0.0, 0.0])
+    trainer = hfc.CrAMTrainer(
+        model=tiny_vit(),
+        args=config(tmp_path, **options, **schedule),
+        train_dataset=image_samples(),
+        eval_dataset=image_samples(),
+        compute_metrics=lambda _: {"first": next(steps)},
+    )
+    trainer.train()
+    best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
+    last = type(trainer.model).from_pretrained(tmp_path / "checkpoint-4")
+    assert largest_difference(trainer.model, best) == 0.0
+    assert largest_difference(trainer.model, last) > 1e-3
+
+
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    train(tmp_path, tiny_vit(), save_strategy="steps", save_steps=2)
+    weights = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("vit.embeddings.cls_token")
+    save_file(tensors, weights, {"format": "pt"})
+    trainer = hfc.CrAMTrainer(model=tiny_vit(), args=config(tmp_path), train_dataset=image_samples())
+    with pytest.raises(ValueError, match=r"checkpoint-2 is incomplete: it lacks 1 weights, first vit\.embeddings"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_an_uneven_last_window_replays_what_it_has(tmp_path):
     """48 samples in windows of 4 x 5: the last window of the epoch has two batches, the last batch three samples."""
     windows = []
@@ -172,7 +266,7 @@ def test_the_mixin_joins_a_trainer_of_the_users(tmp_path):
         pass
 
     trainer = train(tmp_path, tiny_vit(), MyCrAMTrainer)
-    assert trainer.seen == 8
+    assert trainer.seen == 10  # two sweeps of 4 steps, and twice before the first to learn how the loss scales
     assert largest_difference(trainer.model, train(tmp_path, tiny_vit()).model) == 0.0
     with pytest.raises(ValueError, match="MyCrAMTrainer takes a CrAMConfig as `args`, got TrainingArguments"):
         MyCrAMTrainer(model=tiny_vit(), args=TrainingArguments(str(tmp_path), use_cpu=True))
@@ -185,6 +279,9 @@ def test_wrong_arguments_fail_before_the_training(tmp_path):
         config(tmp_path, patterns=["3:2"])
     with pytest.raises(ValueError, match='write "2:4"'):
         config(tmp_path, variants=[124])
+    with pytest.raises(ValueError, match='write "2:4"'):
+        config(tmp_path, patterns=124)
+    assert config(tmp_path, patterns="2:4").patterns == ["2:4"]
     with pytest.raises(ValueError, match="calibration_samples must be at least 1"):
         config(tmp_path, calibration_samples=0)
     with pytest.raises(ValueError, match="include='\\*nothing\\*' matches no weight"):
