@@ -1,11 +1,16 @@
-"""Facts about the processes of a run, and the few things that they do together."""
+"""Facts about the processes of a run, the few things that they do together, and tensors sharded over them.
+
+Sharded means a DTensor with its rows dealt to the ranks (`Shard(0)`), as FSDP2 makes them; replicas are fine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def is_main_process() -> bool:
@@ -35,6 +40,67 @@ def run_on_main(work: Callable[[], Any]) -> Any:
     if message[1] is not None:
         raise RuntimeError(f"the main process failed: {message[1]}")
     return message[0]
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """True for a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that lies on this rank, sharing its memory; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(part: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The tensor of which every rank holds a part, dealt as `reference` is; `part` itself beside a plain one."""
+    if not isinstance(reference, DTensor):
+        return part
+    mesh, placements = reference.device_mesh, reference.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=reference.shape, stride=reference.stride())
+
+
+def dealt_like(whole: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """A tensor that every rank has whole, dealt as `reference` is."""
+    if not isinstance(reference, DTensor):
+        return whole
+    return distribute_tensor(whole, reference.device_mesh, reference.placements)
+
+
+def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """The ranks that share the rows of a tensor, in the order of the rows; None for a plain tensor.
+
+    Raises:
+        ValueError: if it is sharded in another way.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    dims = [i for i, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    if len(dims) != 1 or tensor.placements[dims[0]] != Shard(0):
+        raise ValueError(
+            f"a weight is sharded as {tensor.placements}; only rows dealt over one dimension of the mesh (FSDP2) are "
+            "understood: run without tensor parallelism"
+        )
+    return tensor.device_mesh.get_group(dims[0])
+
+
+def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all tensors together, in float64, equal on all ranks; no wait for the device."""
+    shared: dict[dist.ProcessGroup | None, torch.Tensor] = {}
+    for tensor in tensors:
+        square = torch.linalg.vector_norm(local(tensor), dtype=torch.float64).square()
+        group = shard_group(tensor)
+        shared[group] = shared[group] + square.to(shared[group].device) if group in shared else square
+    for group, square in shared.items():
+        if group is not None:
+            dist.all_reduce(square, group=group)
+    first = next(iter(shared.values()))
+    return torch.stack([square.to(first.device) for square in shared.values()]).sum().sqrt()
 
 
 def _is_distributed() -> bool:

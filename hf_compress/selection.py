@@ -10,17 +10,30 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from .distributed import is_sharded, local, shard_group, sharded_like
 
 CHUNK = 1 << 17  # elements: half a MiB of float32, so that all work on a chunk stays in the cache
 _SAMPLES = 1 << 16
 _CONFIDENCE = 4.0  # standard deviations of the sample quantile; a miss costs one more pass, never exactness
 
 
+Group = tuple[Sequence[torch.Tensor], int]  # weights that are compared with each other, and how many to prune of them
+
+
+def keep_largest_of_groups(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
+    """`keep_largest` of every group; sharded groups share three small collectives, however many there are."""
+    if any(is_sharded(w) for weights, _ in groups for w in weights):
+        return _keep_largest_sharded(groups)
+    return [keep_largest(weights, num_pruned) for weights, num_pruned in groups]
+
+
 def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch.Tensor]:
     """Masks that prune the `num_pruned` entries of smallest magnitude of all tensors together.
 
     Args:
-        weights: floating-point tensors of any shape on one device.
+        weights: floating-point tensors of any shape on one device; DTensors give DTensors, the same as one process.
         num_pruned: between 0 and the number of all entries.
 
     Returns:
@@ -32,6 +45,8 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     total = sum(w.numel() for w in weights)
     if not 0 <= num_pruned <= total:
         raise ValueError(f"cannot prune {num_pruned} of {total} weights")
+    if any(map(is_sharded, weights)):
+        return _keep_largest_sharded([(weights, num_pruned)])[0]
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
     threshold = kth_smallest_magnitude(weights, num_pruned)
@@ -127,3 +142,81 @@ def _keep_last_ties(
         rank_from_the_end = tied.flip(0).cumsum(0).flip(0)
         masks[i] = masks[i] | (tied & (rank_from_the_end <= missing)).view(masks[i].shape)
         missing = (missing - tied.sum()).clamp(min=0)
+
+
+def _keep_largest_sharded(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
+    """Two histograms of the bits of |w| find the threshold of every group exactly, a third collective orders the ties.
+
+    Bit patterns of floats of one sign are ordered as the floats are: the upper 15 bits choose a bucket, the lower 16
+    the value inside. Nothing of the size of a weight is sent.
+    """
+    flat = [(g, w) for g, (weights, _) in enumerate(groups) for w in weights]
+    process_group = next(group for _, w in flat if (group := shard_group(w)) is not None)
+    device = local(flat[0][1]).device
+    # A plain tensor lies whole on every rank, and is counted on the first.
+    counts_here = [is_sharded(w) or dist.get_rank(process_group) == 0 for _, w in flat]
+    wanted = torch.tensor([num_pruned for _, num_pruned in groups], device=device)
+    upper, lower = (torch.zeros(len(groups), size, dtype=torch.int64, device=device) for size in (1 << 15, 1 << 16))
+    for (g, weight), counts in zip(flat, counts_here, strict=True):
+        for bits in _bits(weight) if counts else ():
+            upper[g].scatter_add_(0, bits >> 16, torch.ones_like(bits))
+    dist.all_reduce(upper, group=process_group)
+    bucket, wanted = _bin_of(upper, wanted)
+    for (g, weight), counts in zip(flat, counts_here, strict=True):
+        for bits in _bits(weight) if counts else ():
+            lower[g].scatter_add_(0, bits & 0xFFFF, (bits >> 16 == bucket[g]).long())
+    dist.all_reduce(lower, group=process_group)
+    value, pruned_ties = _bin_of(lower, wanted)
+    thresholds = (bucket << 16) | value
+    return _masks_of_shards(groups, thresholds, pruned_ties, process_group, counts_here)
+
+
+def _bin_of(histograms: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row the bin that holds its `wanted`-th entry (from 1), and the rank of that entry inside the bin."""
+    cumulated = histograms.cumsum(1)
+    bins = (cumulated < wanted[:, None]).sum(1).clamp(max=histograms.shape[1] - 1)
+    below = (cumulated - histograms).gather(1, bins[:, None])[:, 0]
+    return bins, wanted - below
+
+
+def _masks_of_shards(
+    groups: Sequence[Group],
+    thresholds: torch.Tensor,
+    pruned_ties: torch.Tensor,
+    process_group: dist.ProcessGroup,
+    counts_here: Sequence[bool],
+) -> list[list[torch.Tensor]]:
+    flat = [(g, w) for g, (weights, _) in enumerate(groups) for w in weights]
+    tied = [torch.cat([b == thresholds[g] for b in _bits(w)] or [_nothing(w)]) for g, w in flat]
+    here = torch.stack([t.sum() * counts for t, counts in zip(tied, counts_here, strict=True)])
+    ranks = dist.get_world_size(process_group)
+    everywhere = torch.empty(ranks * len(flat), dtype=here.dtype, device=here.device)
+    dist.all_gather_into_tensor(everywhere, here, group=process_group)
+    everywhere = everywhere.view(ranks, len(flat))
+    on_earlier_ranks = everywhere[: dist.get_rank(process_group)].sum(0)
+    in_tensor = everywhere.sum(0)
+    masks: list[list[torch.Tensor]] = [[] for _ in groups]
+    before = torch.zeros(len(groups), dtype=torch.int64, device=here.device)
+    for i, (g, weight) in enumerate(flat):
+        # Ties count from 1 in the order of positions: over tensors, then over ranks, then inside the shard.
+        first = before[g] + (on_earlier_ranks[i] if is_sharded(weight) else 0)
+        keep = torch.cat([b > thresholds[g] for b in _bits(weight)] or [_nothing(weight)])
+        keep |= tied[i] & (tied[i].cumsum(0) + first > pruned_ties[g])
+        nothing_pruned = groups[g][1] == 0
+        part = torch.ones_like(keep) if nothing_pruned else keep
+        masks[g].append(sharded_like(part.view(local(weight).shape), weight))
+        before[g] += in_tensor[i]
+    return masks
+
+
+def _bits(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The bit patterns of |w| of the part of a weight on this rank, as whole numbers, in chunks."""
+    if weight.dtype == torch.float64:
+        raise ValueError("a sharded weight is float64; selection over ranks takes float32 and smaller types")
+    for chunk in _flat(local(weight)).split(1 << 22):
+        if chunk.numel():
+            yield chunk.float().abs().view(torch.int32).long()
+
+
+def _nothing(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.bool, device=local(weight).device)

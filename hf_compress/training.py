@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -150,7 +152,7 @@ class CompressionMixin(_TrainerBase):
             raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
         with _generators_kept():
             return build_family(
-                self.accelerator.unwrap_model(self.model),
+                self._whole_model(),
                 patterns,
                 evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
                 calibration_data=_Batches(self) if self.train_dataset is not None else None,
@@ -164,6 +166,20 @@ class CompressionMixin(_TrainerBase):
                 exclude=self.args.exclude,
                 progress=progress,
             )
+
+    def _whole_model(self) -> Any:
+        """The model without wrappers; under FSDP a copy with the weights gathered, which rank 0 alone has."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model
+        state = self.accelerator.get_state_dict(self.model)
+        plain_class: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        whole = plain_class(copy.deepcopy(model.config))
+        if hasattr(model, "_weight_conversions"):
+            whole._weight_conversions = model._weight_conversions
+        if self.accelerator.is_main_process:
+            whole.load_state_dict(state)
+        return whole.to(self.args.device)
 
     def evaluate_variant(self, model: torch.nn.Module) -> dict[str, Any]:
         """Metrics of another model on `eval_dataset`, without a trace in the log or in callbacks."""

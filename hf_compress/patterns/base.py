@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..distributed import local
 from ..targets import Target
 
 Weights = Mapping[str, Target | torch.Tensor]
@@ -56,7 +57,7 @@ class Pattern(ABC):
         masks = self.select(weights)
         for name, mask in masks.items():
             # A product would keep NaN and infinity.
-            weights[name].parameter.masked_fill_(mask.logical_not(), 0)
+            local(weights[name].parameter).masked_fill_(local(mask).logical_not(), 0)
         return masks
 
     def skip_reason(self, target: Target) -> str | None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from ..distributed import dealt_like, gathered, is_sharded, local, sharded_like
 from ..targets import Target
 from .base import Pattern
 
@@ -56,12 +57,15 @@ class NM(Pattern):
         return None
 
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.ones_like(target.parameter, dtype=torch.bool)
-            if self.skip_reason(target)
-            else _keep_n_of_m(target.parameter.detach(), target.reduction_dim, self.n, self.m)
-            for name, target in weights.items()
-        }
+        return {name: self._mask(target) for name, target in weights.items()}
+
+    def _mask(self, target: Target) -> torch.Tensor:
+        weight, dim = target.parameter.detach(), target.reduction_dim
+        if self.skip_reason(target):
+            return torch.ones_like(weight, dtype=torch.bool)
+        if is_sharded(weight) and dim == 0:  # rows are dealt to ranks, so that a group may lie on two of them
+            return dealt_like(_keep_n_of_m(gathered(weight), dim, self.n, self.m), weight)
+        return sharded_like(_keep_n_of_m(local(weight), dim, self.n, self.m), weight)
 
 
 def _keep_n_of_m(weight: torch.Tensor, dim: int, n: int, m: int) -> torch.Tensor:

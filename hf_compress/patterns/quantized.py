@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from ..distributed import dealt_like, gathered, is_sharded, local
 from ..targets import Target
 from .base import Pattern
 
@@ -47,8 +48,13 @@ class Quantized(Pattern):
 
     def compress_(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
         for target in weights.values():
-            codes, scales = quantize(target, self.bits)
-            target.parameter.copy_(codes * scales)
+            weight, dim = target.parameter, target.reduction_dim
+            if is_sharded(weight) and dim == 0:  # a channel is a column then, of which every rank has a part
+                codes, scales = quantize(Target(gathered(weight), dim, target.kind), self.bits)
+                weight.copy_(dealt_like(codes * scales, weight))
+            else:
+                codes, scales = quantize(Target(local(weight), dim, target.kind), self.bits)
+                local(weight).copy_(codes * scales)
         return {}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..selection import keep_largest
+from ..selection import keep_largest_of_groups
 from ..targets import Target
 from .base import Pattern, check_share, count_pruned, format_share, parse_share, revision_share
 
@@ -50,9 +50,8 @@ class Unstructured(Pattern):
         return f"unstructured-{revision_share(self.share)}" + ("-layer" if self.scope == "layer" else "")
 
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        parameters: list[Any] = [t.parameter for t in weights.values()]
-        groups = [parameters] if self.scope == "global" else [[p] for p in parameters]
-        masks: list[torch.Tensor] = []
-        for group in groups:
-            masks += keep_largest(group, count_pruned(self.share, sum(p.numel() for p in group)))
+        parameters = [t.parameter for t in weights.values()]
+        compared = [parameters] if self.scope == "global" else [[p] for p in parameters]
+        groups = [(group, count_pruned(self.share, sum(p.numel() for p in group))) for group in compared]
+        masks = [mask for group in keep_largest_of_groups(groups) for mask in group]
         return dict(zip(weights, masks, strict=True))

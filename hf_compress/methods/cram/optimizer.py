@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 
+from ...distributed import is_sharded, local, total_norm
 from ...patterns import Pattern, parse_patterns
 from ...targets import Target, find_targets, unwrap
 
@@ -55,6 +57,9 @@ class CrAM(torch.optim.Optimizer):
         normalize: ascend by rho * g1 / (|g1| + 1e-12), with the norm over all parameters. With `plus=False` and without
             patterns this is SAM (Foret et al., ICLR 2021, arXiv:2010.01412).
         every: take a second gradient in every so many steps, and plain steps between them.
+
+    Attributes:
+        num_steps: steps taken so far; the next draw depends on it.
 
     Raises:
         ValueError: for a wrong pattern, glob or rho, or a model in which no target is trained.
@@ -94,7 +99,7 @@ class CrAM(torch.optim.Optimizer):
             )
         # Sharding replaces parameters after this, so that only names are kept.
         self._targets = {name: (t.reduction_dim, t.kind) for name, t in targets.items()}
-        self._num_steps = 0
+        self.num_steps = 0
         self._is_compressed = False
 
     @property
@@ -102,12 +107,12 @@ class CrAM(torch.optim.Optimizer):
         """The pattern of the coming step, None without patterns."""
         if not self.patterns:
             return None
-        return self.patterns[random.Random(f"{self.seed}/{self._num_steps}").randrange(len(self.patterns))]
+        return self.patterns[random.Random(f"{self.seed}/{self.num_steps}").randrange(len(self.patterns))]
 
     @property
     def needs_second_gradient(self) -> bool:
         """False in steps between those of `every`, and where nothing is perturbed or compressed."""
-        return bool(self.rho or self.patterns) and self._num_steps % self.every == 0
+        return bool(self.rho or self.patterns) and self.num_steps % self.every == 0
 
     @contextmanager
     def compressed(self, grad_scale: float = 1.0) -> Iterator[Pattern | None]:
@@ -127,6 +132,7 @@ class CrAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: without gradients, or inside another such block.
         """
+        reshard(self.model)  # so that the model shows the parameters that the optimizer steps
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self._is_compressed:
             raise RuntimeError("compressed() was entered twice; leave the first block, then call step()")
@@ -144,14 +150,16 @@ class CrAM(torch.optim.Optimizer):
             self._is_compressed = False
 
     def _live_targets(self) -> dict[str, Target]:
-        return {n: Target(self.model.get_parameter(n), dim, kind) for n, (dim, kind) in self._targets.items()}
+        # Activation checkpointing wraps modules after the names were taken.
+        live = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in self.model.named_parameters()}
+        return {n: Target(live[n], dim, kind) for n, (dim, kind) in self._targets.items()}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step of the wrapped optimizer with the gradients that are there."""
         if self._is_compressed:
             raise RuntimeError("step() inside compressed() would step from compressed weights; leave the block first")
         loss = self.optimizer.step(closure)
-        self._num_steps += 1
+        self.num_steps += 1
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -164,12 +172,12 @@ class CrAM(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and the number of steps under "step"."""
-        return {**self.optimizer.state_dict(), "step": self._num_steps}
+        return {**self.optimizer.state_dict(), "step": self.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or the state of a bare optimizer, from which draws start at step 0."""
         state_dict = dict(state_dict)
-        self._num_steps = int(state_dict.pop("step", 0))
+        self.num_steps = int(state_dict.pop("step", 0))
         self.optimizer.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -209,8 +217,11 @@ class _Ascent:
     def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
         self.cram, self.parameters, self.targets = cram, parameters, targets
         touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
-        self.saved = [(p, p.detach().clone()) for p in touched.values()]
+        self.saved = [(p, local(p).detach().clone()) for p in touched.values()]
         self.unchanged = [] if cram.needs_second_gradient else [_gradient(p).clone() for p in parameters]
+        # Gradients of sharded parameters come by another way than hooks, so that theirs are masked afterwards.
+        self.removed: dict[str, torch.Tensor] = {}
+        self.first: dict[str, torch.Tensor] = {}
         self.norms = [m for m in cram.model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self.handles: list[Any] = []
 
@@ -228,9 +239,9 @@ class _Ascent:
         rho = self._coefficient(grad_scale)
         for name, target in in_half.items():
             if target.parameter.grad is not None:
-                _add_(wide[name].parameter, target.parameter.grad.float(), rho)
+                _add_(local(wide[name].parameter), _gradient(target.parameter).float(), rho)
         for parameter in self.parameters:
-            _add_(parameter, _gradient(parameter), rho)
+            _add_(local(parameter), _gradient(parameter), rho)
             if not self.cram.plus:
                 _gradient(parameter).zero_()
         if pattern is not None:
@@ -240,10 +251,18 @@ class _Ascent:
                 raise ValueError(f"{error} (at w + rho * gradient: is the gradient of this step finite?)") from error
             for name, target in in_half.items():
                 target.parameter.copy_(wide[name].parameter)
-            self._mask_gradients(masks)
+            if self.cram.mask_gradient:
+                self._mask_gradients(masks)
+        reshard(self.cram.model)
 
+    @torch.no_grad()
     def combine(self) -> None:
         """What the block leaves in the gradients when it ends without an exception."""
+        for name, removed in self.removed.items():
+            gradient = _gradient(self.targets[name].parameter)
+            gradient.masked_fill_(removed, 0)
+            if name in self.first:
+                gradient.add_(self.first[name])
         if self.cram.plus and self.cram.plus_reduction == "mean" and not self.unchanged:
             for parameter in self.parameters:
                 _gradient(parameter).mul_(0.5)
@@ -256,7 +275,8 @@ class _Ascent:
         for handle in self.handles:
             handle.remove()
         for parameter, value in self.saved:
-            parameter.copy_(value)
+            local(parameter).copy_(value)
+        reshard(self.cram.model)
         for parameter, gradient in zip(self.parameters, self.unchanged, strict=False):
             _gradient(parameter).copy_(gradient)
 
@@ -264,14 +284,18 @@ class _Ascent:
         """The factor of the (scaled) gradient in the ascent."""
         if not self.cram.normalize:
             return self.cram.rho / grad_scale
-        squares = [torch.linalg.vector_norm(_gradient(p), dtype=torch.float64).square() for p in self.parameters]
-        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
-        return (self.cram.rho / (norm + 1e-12)).float()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return (self.cram.rho / (total_norm(gradients) + 1e-12)).float()
 
     def _mask_gradients(self, masks: dict[str, torch.Tensor]) -> None:
         for name, mask in masks.items():
             parameter = self.targets[name].parameter
-            if self.cram.mask_gradient and parameter.requires_grad:
+            if is_sharded(parameter) and parameter.grad is not None:
+                self.removed[name] = local(mask).logical_not()
+                if self.cram.plus:
+                    self.first[name] = _gradient(parameter).clone()
+                    _gradient(parameter).zero_()
+            elif parameter.requires_grad:
                 self.handles.append(parameter.register_hook(_masking(mask.logical_not_())))
 
 
@@ -290,6 +314,13 @@ def check_options(plus_reduction: str, every: int) -> None:
         raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
 
 
+def reshard(model: nn.Module) -> None:
+    """Forget gathered copies of sharded weights, which an edit in place would leave stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Tensor) -> None:
     if isinstance(factor, torch.Tensor):
         weight.addcmul_(gradient, factor.to(weight.device, weight.dtype))
@@ -299,7 +330,7 @@ def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Te
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
-    return parameter.grad
+    return local(parameter.grad)
 
 
 def _masking(removed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

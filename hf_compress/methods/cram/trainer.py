@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ...distributed import total_norm
 from ...training import CompressionMixin
 from .config import CrAMConfig
 from .optimizer import CrAM
@@ -28,11 +29,7 @@ class CrAMMixin(CompressionMixin):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, wrapped in `CrAM`."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "CrAM cannot see single weights under DeepSpeed and FSDP; "
-                "launch it on one process or with DistributedDataParallel (accelerate launch --multi_gpu)"
-            )
+        self._refuse_what_hides_gradients()
         optimizer = super().create_optimizer(model)
         if not isinstance(getattr(optimizer, "optimizer", optimizer), CrAM) and not isinstance(optimizer, CrAM):
             args = self.args
@@ -51,6 +48,23 @@ class CrAMMixin(CompressionMixin):
                 seed=args.seed,
             )
         return self.optimizer
+
+    def _refuse_what_hides_gradients(self) -> None:
+        way_out = "launch it on one process, with DistributedDataParallel (accelerate launch --multi_gpu) or with FSDP2"
+        if self.is_deepspeed_enabled:
+            raise ValueError(f"CrAM needs the gradients of single weights, which DeepSpeed keeps to itself; {way_out}")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(f"CrAM needs single weights, which FSDP1 flattens into one; {way_out} (fsdp_version: 2)")
+        if getattr(self.model, "is_quantized", False):
+            raise ValueError("CrAM perturbs weights, and this model's are quantized; load it without quantization")
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if "lomo" in optim or optim.endswith("layerwise"):
+            raise ValueError(f"--optim {optim} steps inside the backward pass; take one that does not, as adamw_torch")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled:
+            self.cram.num_steps = self.state.global_step  # a sharded state keeps nothing but tensors and groups
 
     @property
     def cram(self) -> CrAM:
@@ -89,8 +103,7 @@ class CrAMMixin(CompressionMixin):
         self._num_second_sweeps += 1
 
     def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return bool(total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).isfinite())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss at compressed weights since the last log, over all ranks."""
