@@ -53,6 +53,20 @@ def image_samples(count=48, size=8):
     return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)]
 
 
+def tiny_bert():
+    import transformers as t
+
+    t.set_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return t.BertForSequenceClassification(t.BertConfig(**sizes, **dropout, intermediate_size=24))
+
+
+def text_samples():
+    ids = torch.randint(5, 64, (48, 12), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": i, "labels": i.sum() % 3} for i in ids]
+
+
 @pytest.fixture
 def vit():
     return tiny_vit()

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 import hf_compress as hfc
-from tests.conftest import image_samples, tiny_resnet, tiny_vit
-from tests.methods.cram.test_trainer import config, text_samples, tiny_bert
+from tests.conftest import image_samples, text_samples, tiny_bert, tiny_resnet, tiny_vit
+from tests.methods.cram.test_trainer import config
 
 
 class Stream(IterableDataset):

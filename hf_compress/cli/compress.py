@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,22 @@ from ..oneshot import compress as compress_model
 from ..patterns import parse_pattern
 from .table import VariantPrinter
 
+# A tokenizer has one of these; without any, transformers makes up an empty one.
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "vocab-src.json",
+    "prophetnet.tokenizer",
+    "tekken.json",
+)
+
 
 def compress(argv: Sequence[str]) -> None:
     """Compress a checkpoint: one pattern gives a checkpoint, several give a family."""
@@ -24,12 +41,15 @@ def compress(argv: Sequence[str]) -> None:
     )
     parser.add_argument("model", help="folder or Hub id of a transformers or timm checkpoint")
     parser.add_argument("--pattern", action="append", required=True, help="such as unstructured:0.8 or 2:4; repeatable")
-    parser.add_argument("--output_dir", required=True, help="a new folder")
+    parser.add_argument("--output_dir", required=True, help="a new folder; several patterns may replace a family")
     parser.add_argument("--include", nargs="+", help="globs on names of weights to compress")
     parser.add_argument("--exclude", nargs="+", help="globs on names of weights to leave alone")
     parser.add_argument("--revision", help="of a Hub checkpoint")
     args = parser.parse_args(argv)
     patterns = [parse_pattern(p) for p in args.pattern]
+    target = Path(args.output_dir).absolute()
+    if len(patterns) == 1:
+        _check_empty(target)
     model, processing_class = load_checkpoint(args.model, args.revision)
     if len(patterns) > 1:
         printer = VariantPrinter()
@@ -44,9 +64,9 @@ def compress(argv: Sequence[str]) -> None:
         )
         printer.finish(family)
         return
-    target = Path(args.output_dir).absolute()
     partial = start_folder(target)
     try:
+        _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
         report = compress_model(model, patterns[0], args.include, args.exclude)
         save_checkpoint(model, processing_class, partial)
         commit_folder(partial, target)
@@ -59,6 +79,12 @@ def compress(argv: Sequence[str]) -> None:
     print(f"saved {args.output_dir}: {report.pattern}, {share}")
 
 
+def _check_empty(target: Path) -> None:
+    """One checkpoint never takes the place of a family, or of anything else."""
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; choose a new folder (only several patterns may replace a family)")
+
+
 def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
     """The model of a checkpoint in the class that saved it, and its tokenizer or image processor if it has one.
 
@@ -66,24 +92,58 @@ def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
         ValueError: if there is no such checkpoint, or it is truncated or of an unknown class.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    unreadable = (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ImportError, StrictDataclassError)
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         architecture = (config.architectures or [None])[0]
         if isinstance(config, transformers.TimmWrapperConfig):
             architecture = "TimmWrapperForImageClassification"
+            # timm's own files give num_classes here too, and transformers passes it a second time.
+            config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         model_class = getattr(transformers, architecture or "AutoModel", None)
         if model_class is None:
             raise ValueError(f"{name} was saved by {architecture}, which this transformers does not have")
-        model, info = model_class.from_pretrained(name, revision=revision, dtype="auto", output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        model, info = model_class.from_pretrained(
+            name, config=config, revision=revision, dtype="auto", output_loading_info=True
+        )
+    except unreadable as error:
         raise ValueError(f"cannot load {name}: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} is incomplete: it lacks {len(missing)} weights of {architecture}, first {missing[0]}")
-    try:
-        processing_class = transformers.AutoProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError):
-        processing_class = None  # a checkpoint need not have one
-    return model, processing_class
+    return model, _load_processor(name, revision)
+
+
+def _load_processor(name: str, revision: str | None) -> Any:
+    """Tokenizer, image processor or both of a checkpoint; None where it has no file of one."""
+    import transformers
+    from transformers.utils import cached_file
+
+    absent = ("missing_entries", "connection_errors", "gated_repo")
+    lenient: dict[str, Any] = {f"_raise_exceptions_for_{case}": False for case in absent}
+
+    def has(*files: str) -> bool:
+        return any(cached_file(name, file, revision=revision, **lenient) is not None for file in files)
+
+    kinds: list[Any] = []
+    problem: Exception | None = None
+    has_tokenizer = has(*_TOKENIZER_FILES)
+    if has_tokenizer or has("processor_config.json"):
+        kinds += [transformers.AutoProcessor]
+    if has_tokenizer:
+        kinds += [transformers.AutoTokenizer]
+    if has("preprocessor_config.json"):
+        kinds += [transformers.AutoImageProcessor, transformers.AutoFeatureExtractor]
+    if has("video_preprocessor_config.json"):
+        kinds += [transformers.AutoVideoProcessor]
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            problem = error
+    if problem:
+        print(f"left out: the tokenizer or processor of {name}, which cannot be loaded: {problem}", file=sys.stderr)
+    return None

@@ -7,7 +7,8 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, set_seed
 
@@ -39,6 +40,9 @@ class Run:
 
 def train(argv: Sequence[str]) -> None:
     """Train as a recipe and flags say, then cut, measure and save the family."""
+    if _asks_how(argv):
+        print(_usage())
+        return
     run = parse(argv)
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
@@ -59,7 +63,29 @@ def parse(argv: Sequence[str]) -> Run:
     method, task_name, recipe, flags = _read_command(list(argv))
     task = importlib.import_module(f"..tasks.{TASKS[task_name][0]}", __package__)
     parser = _RecipeParser((getattr(task, TASKS[task_name][1]), method.config_class))
-    return Run(method, task_name, task, *parser.parse_with_recipe(recipe, flags))
+    return Run(method, task_name, task, *parser.parse_with_recipe({**task.DEFAULT_FLAGS, **recipe}, flags))
+
+
+def _asks_how(argv: Sequence[str]) -> bool:
+    """Whether help is wanted before anything says which flags there are."""
+    given = {word.split("=", 1)[0] for word in argv}
+    has_recipe = (bool(argv) and not argv[0].startswith("-")) or "--config" in given
+    return bool(given & {"-h", "--help"}) and not has_recipe and not given >= {"--method", "--task"}
+
+
+def _usage() -> str:
+    recipes = {name: read_recipe(str(path))["description"] for name, path in sorted(packaged().items())}
+    methods = {name: method.description for name, method in METHODS.items()}
+    lines = [
+        "usage: hf-compress train RECIPE [--flag value ...]",
+        "       hf-compress train --method METHOD --task TASK [--flag value ...]",
+        "",
+        "RECIPE is one of those below, or a path to a YAML or JSON file of flags. It comes first; flags override it.",
+    ]
+    for title, rows in (("recipes", recipes), ("methods", methods), ("tasks", dict.fromkeys(TASKS, ""))):
+        lines += ["", f"{title}:", *(f"  {name:20}  {text}".rstrip() for name, text in rows.items())]
+    lines += ["", "`hf-compress train RECIPE --help` lists all flags, as does --help beside --method and --task."]
+    return "\n".join(lines)
 
 
 def _read_command(argv: list[str]) -> tuple[Method, str, dict[str, Any], list[str]]:
@@ -73,6 +99,8 @@ def _read_command(argv: list[str]) -> tuple[Method, str, dict[str, Any], list[st
     chosen = {key: options[key] or recipe.get(key) for key in ("method", "task")}
     for key, allowed in (("method", list(METHODS)), ("task", list(TASKS))):
         if chosen[key] is None:
+            if name is None:
+                _check_order(argv)
             raise ValueError(
                 f"no {key}: give a recipe ({', '.join(sorted(packaged()))}) or --{key} (one of {', '.join(allowed)}); "
                 "for the flags of a method and task add --help"
@@ -82,6 +110,15 @@ def _read_command(argv: list[str]) -> tuple[Method, str, dict[str, Any], list[st
                 f"no {key} {chosen[key]!r}{nearest(str(chosen[key]), allowed)} (there are: {', '.join(allowed)})"
             )
     return METHODS[str(chosen["method"])], str(chosen["task"]), recipe, argv
+
+
+def _check_order(words: Sequence[str]) -> None:
+    """A recipe that stands behind flags would be taken for the value of one."""
+    for before, word in zip(["", *words], words, strict=False):
+        is_file = not word.startswith("-") and word.endswith((".yaml", ".yml", ".json"))
+        is_value = word.endswith(".json") and before.startswith("-") and "=" not in before  # --deepspeed ds.json
+        if word in packaged() or (is_file and not is_value):
+            raise ValueError(f"the recipe comes first, and only one: hf-compress train {word} [--flag value ...]")
 
 
 def _take(argv: list[str], flag: str) -> str | None:
@@ -105,15 +142,20 @@ class _RecipeParser(HfArgumentParser):
     def parse_with_recipe(self, recipe: dict[str, Any], flags: list[str]) -> tuple[Any, ...]:
         """One instance of each dataclass: flags win over the recipe, the recipe over defaults."""
         values = {k: v for k, v in recipe.items() if k not in (*ABOUT, "method", "task")}
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         known = [f.name for kind in self.dataclass_types for f in dataclasses.fields(kind) if f.init]
         for key in values:
             if key not in known:
                 raise ValueError(f"the recipe has a key {key!r} that is no flag{nearest(key, known)}")
+        read: dict[str, Any] = {}
         for action in self._actions:
             if action.dest in values:
-                action.default, action.required = _converted(action, values[action.dest]), False
+                if action.dest not in read:  # --no_plus stands behind --plus and is of no type
+                    read[action.dest] = _converted(action, values[action.dest], hints[action.dest])
+                action.default, action.required = read[action.dest], False
         *parsed, unknown = self.parse_args_into_dataclasses(flags, return_remaining_strings=True)
         if unknown:
+            _check_order(unknown)
             word = unknown[0].lstrip("-").split("=")[0]
             raise ValueError(f"no flag {unknown[0]!r}{nearest(word, known)}")
         return tuple(parsed)
@@ -123,16 +165,51 @@ class _RecipeParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def _converted(action: Any, value: Any) -> Any:
+def _converted(action: Any, value: Any, hint: Any) -> Any:
     """A value of a recipe as its flag would read it: YAML takes 5e-5 for text, and one word for no list."""
-    if action.nargs in ("+", "*"):
-        return value if isinstance(value, list) else [value]
-    if not isinstance(value, str) or not callable(action.type):
-        return value
-    try:
-        return action.type(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the recipe has {action.dest}: {value!r}, which is no value of this flag: {error}") from error
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None:
+        if NoneType in kinds:
+            return None
+        raise ValueError(f"the recipe has {action.dest}: null, but this flag needs a value; remove it for the default")
+    if action.nargs == "+":  # all of them take texts
+        values = value if isinstance(value, list) else [value]
+        for number in (v for v in values if not isinstance(v, str)):
+            raise ValueError(f"the recipe has {action.dest}: {number!r}, where a text is needed{_quoted(number)}")
+        return values
+    if isinstance(value, str) and callable(action.type):
+        try:
+            return action.type(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the recipe has {action.dest}: {value!r}, which is no value of this flag: {error}"
+            ) from error
+    if not any(_is_a(value, kind) for kind in kinds):
+        allowed = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not NoneType)
+        advice = _quoted(value) if str in kinds and dict not in kinds else ""
+        raise ValueError(f"the recipe has {action.dest}: {value!r}, but this flag takes {allowed}{advice}")
+    return value
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kind = get_origin(kind) or kind
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _quoted(value: Any) -> str:
+    """What to write instead, also for 2:4 and no, which YAML reads as 124 and False."""
+    if not isinstance(value, (int, float)):
+        return ""
+    meant = str(value)
+    if isinstance(value, bool):
+        meant = "yes" if value else "no"
+    elif isinstance(value, int) and value >= 60:
+        meant = f"{value // 60}:{value % 60}"
+    return f'; YAML reads a bare {meant} as {value}: write "{meant}"'
 
 
 def check_output(folder: Path) -> None:

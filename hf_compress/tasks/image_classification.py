@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from transformers.utils import logging
 
 from .metrics import accuracy
 
+logger = logging.get_logger(__name__)
+
+# Images become pixels when a sample is read, so the Trainer must not drop their column before.
+DEFAULT_FLAGS = {"remove_unused_columns": False}
 AUGMENTATIONS = ("none", "crop_flip", "resized_crop_flip")
+# What images are converted to, by the channels that a model takes.
+_MODES = {1: "L", 3: "RGB"}
+# What timm needs to know of a new model; the rest of its registry is about weights that this model does not have.
+_INPUT_KEYS = "input_size fixed_input_size interpolation crop_pct crop_mode mean std first_conv classifier".split()
 
 
 @dataclass
@@ -27,12 +36,12 @@ class ImageClassificationArguments:
         dataset_name: "digits", a local folder, or a data set of the Hub.
         dataset_config_name: of a Hub data set with several.
         image_column: of the data set; the first column of images by default.
-        label_column: of the data set; "label" or "labels" by default.
+        label_column: of the data set; "label" or "labels" by default. Integers and strings become classes.
         validation_share: share of the training data held out, by class, where there is no split to evaluate on.
-        data_seed_split: seed of that split.
+        data_seed_split: seed of that split, and of the choice of max_train_samples and max_eval_samples.
         eval_split: evaluated on; "validation" or "test" by default, whichever comes first.
-        max_train_samples: first so many, for a trial run.
-        max_eval_samples: first so many, for a trial run.
+        max_train_samples: so many, chosen at random, for a trial run.
+        max_eval_samples: so many, chosen at random, for a trial run.
         augmentation: of training images: "none", "crop_flip" (pad 4, crop, flip) or "resized_crop_flip".
         model_name_or_path: a pretrained model, local or on the Hub.
         architecture: a new model instead: a name of timm ("resnet20_cifar") or a model type of transformers ("vit").
@@ -45,14 +54,16 @@ class ImageClassificationArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     validation_share: float = field(default=0.3, metadata={"help": "Share held out where there is no eval split."})
-    data_seed_split: int = field(default=0, metadata={"help": "Seed of the held-out share."})
+    data_seed_split: int = field(default=0, metadata={"help": "Seed of the held-out share and of max_*_samples."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many only, chosen at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many only, chosen at random."})
     augmentation: str = field(default="none", metadata={"help": " | ".join(AUGMENTATIONS)})
     model_name_or_path: str | None = field(default=None, metadata={"help": "A pretrained model."})
     architecture: str | None = field(default=None, metadata={"help": "A new model: timm name or transformers type."})
-    model_args: str | None = field(default=None, metadata={"help": "Arguments of the new model, as JSON."})
+    model_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the new model, as JSON."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the images that a new model sees."})
 
     def __post_init__(self) -> None:
@@ -66,25 +77,27 @@ class ImageClassificationArguments:
             raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}; got {self.augmentation!r}")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}; leave it out to use all")
 
 
 def prepare(args: ImageClassificationArguments) -> dict[str, Any]:
-    """Everything that a `Trainer` takes: model, train_dataset, eval_dataset, data_collator, compute_metrics,
-    processing_class."""
+    """What a `Trainer` takes: model, data sets, data_collator, compute_metrics, processing_class."""
     train, evaluation, image_column, label_column = _load_data(args)
-    labels = train.features[label_column]
-    if not isinstance(labels, ClassLabel):
-        raise ValueError(
-            f"column {label_column!r} of {args.dataset_name} holds {labels}, no classes; name another with label_column"
-        )
+    classes = train.features[label_column].names
     if args.model_name_or_path:
-        model, processor = _pretrained(args.model_name_or_path, labels.names)
+        model, processor = _pretrained(args.model_name_or_path, classes)
     else:
-        model, processor = _new(str(args.architecture), _parse_json(args.model_args), args.image_size, labels.names)
+        model, processor = _new(str(args.architecture), _parse_json(args.model_args), args.image_size, classes)
+    channels = _channels(model, processor)
     augment = _augmentation(args.augmentation, processor)
 
     def transform(batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in batch[image_column]]
+        if image_column not in batch:
+            raise ValueError(f"column {image_column!r} was dropped; set remove_unused_columns to False")
+        images = [image.convert(_MODES[channels]) for image in batch[image_column]]
         if training:
             images = [augment(image) for image in images]
         return {
@@ -115,49 +128,149 @@ def digits() -> Dataset:
 
 
 def _load_data(args: ImageClassificationArguments) -> tuple[Dataset, Dataset, str, str]:
-    if args.dataset_name == "digits":
+    """The samples to train and to evaluate on, and their columns of images and labels; labels are classes."""
+    name, seed = args.dataset_name, args.data_seed_split
+    if name == "digits":
         splits = DatasetDict({"train": digits()})
-    elif (Path(args.dataset_name) / "dataset_dict.json").is_file():
-        splits = load_from_disk(args.dataset_name)
+    elif (Path(name) / "dataset_dict.json").is_file():
+        splits = load_from_disk(name)
     else:
-        splits = load_dataset(args.dataset_name, args.dataset_config_name)
-    if "train" not in splits:
-        raise ValueError(f"{args.dataset_name} has no split 'train'; there are: {', '.join(splits)}")
+        splits = load_dataset(name, args.dataset_config_name)
+    evaluated = args.eval_split or next((s for s in ("validation", "test") if s in splits), None)
+    used = ["train", *([evaluated] if evaluated else [])]
+    for split in used:
+        if split not in splits:
+            raise ValueError(f"{name} has no split {split!r}; there are: {', '.join(splits)}")
+    image_column, label_column = _columns(args, splits, used)
+    classes = _classes(splits, used, label_column, name)
+    train, *others = (_with_classes(splits[split], split, label_column, classes, name) for split in used)
+    if not others:
+        train, *others = _hold_out(train, args.validation_share, seed, label_column)
+    train, evaluation = _some(train, args.max_train_samples, seed), _some(others[0], args.max_eval_samples, seed)
+    return train, evaluation, image_column, label_column
+
+
+def _columns(args: ImageClassificationArguments, splits: DatasetDict, used: list[str]) -> tuple[str, str]:
+    """The columns of images and labels, which all splits in use have."""
     columns = splits["train"].features
-    image_column = args.image_column or next((n for n, f in columns.items() if isinstance(f, Image)), "image")
+    images = [n for n, f in columns.items() if isinstance(f, Image)]
+    image_column = args.image_column or next(iter(images), "image")
     label_column = args.label_column or next((n for n in ("label", "labels") if n in columns), "label")
     for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in columns:
-            raise ValueError(f"{option}: no column {column!r} in {args.dataset_name}; there are: {', '.join(columns)}")
-    evaluated = args.eval_split or next((s for s in ("validation", "test") if s in splits), None)
-    if evaluated is None:
-        parts = splits["train"].train_test_split(
-            test_size=args.validation_share, seed=args.data_seed_split, stratify_by_column=label_column
+        for split in used:
+            there = splits[split].features
+            if column not in there:
+                where = args.dataset_name if split == "train" else f"split {split!r} of {args.dataset_name}"
+                raise ValueError(f"{option}: no column {column!r} in {where}; there are: {', '.join(there)}")
+    if image_column not in images:
+        raise ValueError(
+            f"image_column: column {image_column!r} of {args.dataset_name} holds {columns[image_column]}, no images; "
+            f"columns of images: {', '.join(images) or 'none'}"
         )
-        train, evaluation = parts["train"], parts["test"]
-    elif evaluated in splits:
-        train, evaluation = splits["train"], splits[evaluated]
-    else:
-        raise ValueError(f"{args.dataset_name} has no split {evaluated!r}; there are: {', '.join(splits)}")
-    return _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples), image_column, label_column
+    return image_column, label_column
 
 
-def _first(dataset: Dataset, count: int | None) -> Dataset:
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+def _classes(splits: DatasetDict, used: list[str], column: str, source: str) -> ClassLabel | list[Any]:
+    """The classes of a column of labels, or the integers or strings in all splits that become classes, sorted."""
+    label = splits["train"].features[column]
+    for split in used:
+        if splits[split].features[column] != label:
+            raise ValueError(
+                f"splits 'train' and {split!r} of {source} have different labels in column {column!r}: {label} and "
+                f"{splits[split].features[column]}; give both the same classes, or choose another eval_split"
+            )
+    if isinstance(label, ClassLabel):
+        return label
+    if not isinstance(label, Value) or not any(kind in label.dtype for kind in ("int", "string", "bool")):
+        raise ValueError(f"column {column!r} of {source} holds {label}, no classes; name another with label_column")
+    alike = [split for split in splits.values() if split.features.get(column) == label]
+    return sorted({value for split in alike for value in split.unique(column) if not _is_unlabelled(value)})
+
+
+def _with_classes(dataset: Dataset, split: str, column: str, classes: ClassLabel | list[Any], source: str) -> Dataset:
+    """A split whose labels are classes."""
+    found = dataset.unique(column)
+    strange = [v for v in found if _is_unlabelled(v) or (isinstance(classes, ClassLabel) and v >= len(classes.names))]
+    if strange:
+        raise ValueError(
+            f"split {split!r} of {source} has labels in column {column!r} that are no class: {strange[:5]} (-1 and "
+            "None mean unlabelled); remove these samples, or choose another eval_split or label_column"
+        )
+    if isinstance(classes, ClassLabel):
+        return dataset
+    index = {value: i for i, value in enumerate(classes)}
+    encoded = [index[value] for value in dataset.select_columns(column)[:][column]]
+    feature = ClassLabel(names=[str(value) for value in classes])
+    return dataset.remove_columns(column).add_column(column, encoded, feature=feature)
+
+
+def _is_unlabelled(value: Any) -> bool:
+    return value is None or (not isinstance(value, str) and value < 0)
+
+
+def _hold_out(dataset: Dataset, share: float, seed: int, column: str) -> tuple[Dataset, Dataset]:
+    """Training data in two parts, by class where every class has enough samples."""
+    try:
+        parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=column)
+    except ValueError as error:
+        logger.warning(f"the held-out share is drawn without regard to classes: {error}")
+        parts = dataset.train_test_split(test_size=share, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _some(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """So many samples at random: the first ones of a folder of images are of one class."""
+    return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
 
 
 def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TimmWrapperConfig
 
-    config = AutoConfig.from_pretrained(name, **_label_maps(classes))
-    model = AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
-    return model, AutoImageProcessor.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name)
+    is_timm = isinstance(config, TimmWrapperConfig)
+    if is_timm:
+        _describe_timm(config, classes)
+    # On the object: the config of timm models takes no id2label when it is read from a file.
+    for key, value in _label_maps(classes).items():
+        setattr(config, key, value)
+    options = {"config": config, "ignore_mismatched_sizes": True, "dtype": torch.float32}  # master weights
+    model = AutoModelForImageClassification.from_pretrained(name, **options)
+    if is_timm:
+        return _with_native_names(model), _timm_processor(config)
+    processor = AutoImageProcessor.from_pretrained(name)
+    for key in ("image_mean", "image_std"):
+        if isinstance(getattr(processor, key, None), (list, tuple)):
+            setattr(processor, key, _one_per_channel(getattr(processor, key), _channels(model, processor)))
+    return model, processor
+
+
+def _describe_timm(config: Any, classes: list[str]) -> None:
+    """Make the config of a timm checkpoint tell of the model that it becomes: its classes and its input."""
+    import timm
+
+    # timm's own files give num_classes here too, and transformers passes it a second time.
+    config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
+    config.label_names = classes
+    registered: Any = timm.get_pretrained_cfg(config.architecture)
+    about = getattr(config, "pretrained_cfg", None) or registered.to_dict()
+    stale = ("num_classes", "label_names", "label_descriptions", "label_offset")
+    about = {k: v for k, v in about.items() if k not in stale}
+    config.pretrained_cfg = {**_fit_input(about, config.model_args), "custom_load": False}
+    if hasattr(config, "label_descriptions"):
+        del config.label_descriptions
 
 
 def _new(architecture: str, arguments: dict[str, Any], image_size: int | None, classes: list[str]) -> tuple[Any, Any]:
     import timm
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForImageClassification, ViTImageProcessor
 
+    reserved = {"num_classes", "num_labels", "id2label", "label2id", "pretrained", "pretrained_cfg"} & set(arguments)
+    if reserved:
+        raise ValueError(
+            f"model_args: {', '.join(sorted(reserved))} cannot be set: the classes come from the data set, and "
+            "pretrained weights from model_name_or_path; leave it out"
+        )
     if timm.is_model(architecture):
         return _new_timm(architecture, arguments, image_size, classes)
     if architecture not in CONFIG_MAPPING:
@@ -169,34 +282,87 @@ def _new(architecture: str, arguments: dict[str, Any], image_size: int | None, c
     unknown = set(arguments) - set(config_class().to_dict())
     if unknown:
         raise ValueError(f"model_args: {architecture} has no field {', '.join(sorted(unknown))}")
-    config = config_class(**arguments, **_label_maps(classes))
+    try:
+        config = config_class(**arguments, **_label_maps(classes))
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model_args: {architecture} cannot be built with {arguments}: {error}") from error
     size = int(image_size or getattr(config, "image_size", None) or 224)
     if hasattr(config, "image_size"):
         config.image_size = size
-    mean = [0.5] * getattr(config, "num_channels", 3)
-    processor = ViTImageProcessor(size={"height": size, "width": size}, image_mean=mean, image_std=mean)
-    return AutoModelForImageClassification.from_config(config), processor
+    model = AutoModelForImageClassification.from_config(config)
+    mean = [0.5] * _channels(model, None)
+    return model, ViTImageProcessor(size={"height": size, "width": size}, image_mean=mean, image_std=mean)
 
 
 def _new_timm(
     architecture: str, arguments: dict[str, Any], image_size: int | None, classes: list[str]
 ) -> tuple[Any, Any]:
     import timm
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor
-    from transformers.core_model_loading import PrefixChange
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    data_config: dict[str, Any] = timm.get_pretrained_cfg(architecture).to_dict()  # type: ignore[union-attr]
+    registered: dict[str, Any] = timm.get_pretrained_cfg(architecture).to_dict()  # type: ignore[union-attr]
+    about = {key: registered[key] for key in _INPUT_KEYS if registered.get(key) is not None}
     if image_size is not None:
-        data_config |= {"input_size": (data_config["input_size"][0], image_size, image_size), "crop_pct": 1.0}
-    about: dict[str, Any] = {"pretrained_cfg": data_config, **_label_maps(classes)}
-    config = TimmWrapperConfig(architecture=architecture, model_args=arguments, **about)
+        if arguments.get("img_size", image_size) not in (image_size, [image_size, image_size]):
+            raise ValueError(f"image_size is {image_size} and img_size in model_args {arguments['img_size']}; give one")
+        about |= {"input_size": (about["input_size"][0], image_size, image_size), "crop_pct": 1.0}
+        if about.get("fixed_input_size"):  # the shape of its weights depends on the size
+            arguments = {**arguments, "img_size": image_size}
+    try:
+        native = timm.create_model(architecture, num_classes=len(classes), **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"model_args: timm cannot build {architecture} with {arguments}: {error}") from error
+    fields: dict[str, Any] = {"pretrained_cfg": _fit_input(about, arguments), **_label_maps(classes)}
+    config = TimmWrapperConfig(architecture=architecture, model_args=arguments, **fields)
     model: Any = TimmWrapperForImageClassification(config)
     # The wrapper draws every layer anew from a normal of 0.02; a net starts from the values that its authors chose.
-    native = timm.create_model(architecture, num_classes=len(classes), **arguments)
     model.timm_model.load_state_dict(native.state_dict())
-    # Saved under timm's own names, so that timm loads the checkpoint too.
+    return _with_native_names(model), _timm_processor(config)
+
+
+def _fit_input(about: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """timm's facts of a model, with the channels and the image size that arguments of the model set."""
+    channels, *size = about.get("input_size") or (3, 224, 224)
+    channels = arguments.get("in_chans") or channels
+    if arguments.get("img_size") is not None:
+        given = arguments["img_size"]
+        size = [given, given] if isinstance(given, int) else list(given)
+    about = {**about, "input_size": (channels, *size)}
+    for key in ("mean", "std"):
+        if about.get(key):
+            about[key] = _one_per_channel(about[key], channels)
+    for key in ("test_input_size", "min_input_size"):
+        if about.get(key):
+            about[key] = (channels, *about[key][1:])
+    return about
+
+
+def _one_per_channel(values: Any, channels: int) -> list[float]:
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _timm_processor(config: Any) -> Any:
+    from transformers import TimmWrapperImageProcessor
+
+    return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
+
+
+def _with_native_names(model: Any) -> Any:
+    """The model, to be saved under timm's own names, so that timm loads the checkpoint too."""
+    from transformers.core_model_loading import PrefixChange
+
     model._weight_conversions = [PrefixChange(prefix_to_add="timm_model")]
-    return model, TimmWrapperImageProcessor(pretrained_cfg=data_config, architecture=architecture)
+    return model
+
+
+def _channels(model: Any, processor: Any) -> int:
+    """Channels of the images that a model takes."""
+    of_timm = getattr(processor, "data_config", None)
+    config = getattr(model.config, "vision_config", model.config)
+    channels = of_timm["input_size"][0] if of_timm else getattr(config, "num_channels", 3)
+    if channels not in _MODES:
+        raise ValueError(f"the model takes images of {channels} channels; allowed: 1 (grey) and 3 (RGB)")
+    return channels
 
 
 def _label_maps(classes: list[str]) -> dict[str, Any]:
@@ -205,8 +371,8 @@ def _label_maps(classes: list[str]) -> dict[str, Any]:
 
 def _parse_json(text: Any) -> dict[str, Any]:
     try:
-        value = text if isinstance(text, dict) else json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        value = text if isinstance(text, dict) else json.loads("{}" if text is None else text)
+    except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"model_args must be JSON such as '{{\"depths\": [1, 1]}}', got {text!r}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"model_args must be a JSON object, got {text!r}")

@@ -25,7 +25,7 @@ import yaml
 from transformers import set_seed
 
 import hf_compress as hfc
-from hf_compress.tasks.image_classification import ImageClassificationArguments, prepare
+from hf_compress.tasks.image_classification import DEFAULT_FLAGS, ImageClassificationArguments, prepare
 
 RECIPE = Path(__file__).parents[1] / "image-classification" / "digits_cram.yaml"
 PATTERNS = ["unstructured:0.5", "unstructured:0.7", "unstructured:0.8", "unstructured:0.9", "unstructured:0.95", "2:4"]
@@ -82,7 +82,14 @@ def run(name: str, setting: dict[str, float], seed: int, epochs: int, tuning: bo
             task_fields[key] = value
         elif key in hfc.CrAMConfig.__dataclass_fields__:
             flags[key] = float(value) if key == "weight_decay" else value
-    flags |= {"num_train_epochs": epochs, "seed": seed, "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
+    flags |= {
+        **DEFAULT_FLAGS,
+        "num_train_epochs": epochs,
+        "seed": seed,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "no",
+    }
     set_seed(seed)
     parts = prepare(ImageClassificationArguments(**task_fields, data_seed_split=seed))
     if tuning:

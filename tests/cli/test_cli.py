@@ -9,24 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import hf_compress as hfc
 from hf_compress.__main__ import main
 from hf_compress.cli import run
 from hf_compress.cli.recipes import ABOUT, packaged, read_recipe
-from tests.conftest import tiny_resnet, tiny_vit
+from tests.cli.conftest import failure
+from tests.conftest import tiny_vit
 
 FAST = "--max_steps 2 --max_train_samples 64 --max_eval_samples 32 --use_cpu --disable_tqdm true".split()
-
-
-def failure(capsys, *argv):
-    """The message of a command that must fail: one line, no traceback."""
-    assert run([str(word) for word in argv]) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
 
 
 def test_no_command_prints_the_usage(capsys):
@@ -36,6 +28,25 @@ def test_no_command_prints_the_usage(capsys):
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == hfc.__version__
     assert "no command 'tarin'; there are: train, compress, recipes" in failure(capsys, "tarin")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--method", "cram", "-h"], ["--help", "digits_cram"]])
+def test_train_help_without_a_recipe_says_what_there_is(capsys, argv):
+    assert run(["train", *argv]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: hf-compress train RECIPE")
+    for word in ("digits_cram", "cram", "image-classification", "`hf-compress train RECIPE --help` lists all flags"):
+        assert word in out
+
+
+@pytest.mark.parametrize("argv", [["digits_cram"], ["--method", "cram", "--task", "image-classification"]])
+def test_train_help_with_a_recipe_or_method_and_task_lists_all_flags(capsys, argv):
+    with pytest.raises(SystemExit, match="0"):
+        run(["train", *argv, "--help"])
+    out = capsys.readouterr().out
+    assert "--rho" in out
+    assert "--dataset_name" in out
+    assert "--learning_rate" in out
 
 
 def test_recipes_are_listed_with_cost_and_goal(capsys):
@@ -93,9 +104,35 @@ def test_without_a_recipe(tmp_path):
     assert spec.task_args.model_args == '{"hidden_size": 8}'
 
 
+def test_a_run_without_a_recipe_needs_no_flags_of_the_trainer(tmp_path):
+    out = tmp_path / "out"
+    flags = ["--method", "cram", "--task", "image-classification", "--architecture", "resnet20_cifar"]
+    assert run(["train", *flags, "--image_size", "16", *FAST, "--output_dir", str(out)]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert "remove_unused_columns" not in read_recipe("digits_cram")
+
+
+def test_flags_and_recipes_override_the_flags_of_the_task(tmp_path, capsys):
+    from hf_compress.cli.train import parse
+
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: cram\ntask: image-classification\narchitecture: vit\nremove_unused_columns: true\n")
+    argv = [str(recipe), "--output_dir", str(tmp_path), "--use_cpu"]
+    assert parse(argv).args.remove_unused_columns is True
+    assert parse(["digits_cram", *argv[1:]]).args.remove_unused_columns is False
+    argv = ["digits_cram", "--remove_unused_columns", "true", *FAST, "--output_dir", tmp_path / "out"]
+    assert "column 'image' was dropped; set remove_unused_columns to False" in failure(capsys, "train", *argv)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--rho", "0.1", "base.yaml"], "the recipe comes first, and only one: hf-compress train base.yaml"),
+        (["--no_plus", "digits_cram"], "the recipe comes first, and only one: hf-compress train digits_cram"),
+        (["digits_cram", "--rho", "0.1", "base.yaml"], "the recipe comes first, and only one"),
+        (["--deepspeed", "ds.json"], "no method: give a recipe (digits_cram"),
+        (["digits_cram", "--model_args", "5"], "model_args must be a JSON object, got '5'"),
+        (["digits_cram", "--max_train_samples", "0"], "max_train_samples must be at least 1, got 0"),
         (["digits_crm"], "no recipe and no file 'digits_crm'; did you mean 'digits_cram'?"),
         (["missing/recipe.yaml"], "no file 'missing/recipe.yaml'"),
         ([], "no method: give a recipe (digits_cram"),
@@ -133,12 +170,51 @@ def test_mistakes_are_explained(tmp_path, capsys, argv, message):
         ("", "must be a mapping"),
         ("method: cram\ntask: image-classification\narchitecture: vit\nrho: large", "rho"),
         ("method: cram\ntask: image-classification\narchitecture: vit\npatterns: 2:4", 'write "2:4"'),
+        ("method: cram\ntask: image-classification\narchitecture: vit\nrho: null", "rho: null, but this flag needs a"),
+        ("method: cram\ntask: image-classification\narchitecture: vit\npatterns:", "patterns: null, but this flag"),
+        (
+            "method: cram\ntask: image-classification\narchitecture: vit\nrho: [1]",
+            "rho: [1], but this flag takes float",
+        ),
+        (
+            "method: cram\ntask: image-classification\narchitecture: vit\nrho: yes",
+            "rho: True, but this flag takes float",
+        ),
+        (
+            "method: cram\ntask: image-classification\narchitecture: vit\nmodel_args: 5",
+            "5, but this flag takes dict or str",
+        ),
+        (
+            "method: cram\ntask: image-classification\narchitecture: 5",
+            'this flag takes str; YAML reads a bare 5 as 5: write "5"',
+        ),
+        ("method: cram\ntask: image-classification\narchitecture: vit\nsave_strategy: no", 'write "no"'),
+        (
+            "method: cram\ntask: image-classification\narchitecture: vit\ninclude: [5]",
+            "include: 5, where a text is needed",
+        ),
+        (
+            "method: cram\ntask: image-classification\narchitecture: vit\ninclude: {a: 1}",
+            "include: {'a': 1}, where a text",
+        ),
     ],
 )
 def test_wrong_recipes_are_explained(tmp_path, capsys, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert message in failure(capsys, "train", path, "--output_dir", tmp_path / "out", "--use_cpu")
+
+
+def test_null_in_a_recipe_is_none(tmp_path):
+    from hf_compress.cli.train import parse
+
+    recipe = tmp_path / "mine.yaml"
+    base = "method: cram\ntask: image-classification\narchitecture: vit\n"
+    recipe.write_text(base + "include: null\nvariants:\nmax_train_samples: null\nplus: 'no'\nmodel_args: {depth: 1}\n")
+    spec = parse([str(recipe), "--output_dir", str(tmp_path), "--use_cpu"])
+    assert (spec.args.include, spec.args.variants, spec.task_args.max_train_samples) == (None, None, None)
+    assert spec.args.plus is False
+    assert spec.task_args.model_args == {"depth": 1}
 
 
 @pytest.mark.parametrize("folder", ["file", "/proc/hf_compress/out"])
@@ -168,89 +244,6 @@ def test_a_read_only_folder(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ValueError: cannot write to" in done.stderr
     assert "Permission denied; choose another --output_dir" in done.stderr
-
-
-def test_compress_one_pattern_gives_a_checkpoint(tmp_path, capsys):
-    from transformers import AutoModelForImageClassification, ViTImageProcessor
-
-    model = tiny_resnet()
-    model.save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
-    argv = ["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]
-    assert run(argv) == 0
-    out = capsys.readouterr().out
-    assert "left dense: resnet.embedder.embedder.convolution.weight, its reduction axis of 3 is no multiple of 4" in out
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    hfc.compress(model, "2:4")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
-    assert "is not empty and holds no family" in failure(capsys, *argv)
-
-
-def test_compress_several_patterns_gives_a_family(tmp_path, capsys):
-    import transformers as t
-
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-    }
-    t.BertForQuestionAnswering(t.BertConfig(**sizes)).save_pretrained(tmp_path / "model")
-    argv = ["compress", tmp_path / "model", "--pattern", "2:4", "--pattern", "unstructured:0.8", "--output_dir"]
-    assert run([str(w) for w in [*argv, tmp_path / "out"]]) == 0
-    family = hfc.load_family(tmp_path / "out")
-    assert [v.pattern for v in family.variants] == ["2:4", "unstructured:0.8"]
-    assert family.method == "one_shot"
-    assert "unstructured:0.8  79.9 %" in capsys.readouterr().out
-    t.AutoModelForQuestionAnswering.from_pretrained(family.path_to("2:4"))
-
-
-def test_compress_a_timm_checkpoint(tmp_path):
-    from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
-
-    config = TimmWrapperConfig(architecture="resnet20_cifar", num_labels=3, model_args={"width": 4})
-    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "model")
-    assert run(["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]) == 0
-    weight = AutoModelForImageClassification.from_pretrained(tmp_path / "out").timm_model.layer1[0].conv1.weight
-    assert (weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1).eq(2).all()
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no weights", "lacks a weight", "class"])
-def test_compress_a_broken_checkpoint(tmp_path, capsys, damage):
-    from safetensors.torch import load_file, save_file
-
-    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
-    if damage != "missing":
-        tiny_vit().save_pretrained(model)
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no weights":
-        weights.unlink()
-    elif damage == "lacks a weight":
-        tensors = load_file(weights)
-        tensors.pop("classifier.weight")
-        save_file(tensors, weights, {"format": "pt"})
-    elif damage == "class":
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchNet"]}))
-    message = failure(capsys, "compress", model, "--pattern", "2:4", "--output_dir", tmp_path / "out")
-    wanted = {"lacks a weight": "is incomplete: it lacks 1 weights", "class": "was saved by NoSuchNet"}
-    assert wanted.get(damage, "cannot load") in message
-    assert str(model) in message
-    assert not (tmp_path / "out").exists()
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
-
-
-def test_a_nan_checkpoint_is_named(tmp_path, capsys):
-    model = tiny_vit()
-    with torch.no_grad():
-        model.vit.layers[0].mlp.fc1.weight[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    message = failure(capsys, "compress", tmp_path / "model", "--pattern", "2:4", "--output_dir", tmp_path / "out")
-    assert "mlp.fc1.weight' holds NaN" in message
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_python_m_and_passive_threads(monkeypatch, capsys):

@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
-WORKER = Path(__file__).with_name("train_tiny.py")
-
-
-def run(folder, *flags, processes=1):
-    """`accelerate launch --multi_gpu` with the CPU as device: `--cpu` would start one process and say nothing."""
-    launch = [sys.executable, str(WORKER)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        port = str(20_000 + os.getpid() % 20_000)
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
-        launch = [*accelerate, str(processes), "--main_process_port", port, str(WORKER)]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        [*launch, "--output_dir", str(folder), *flags], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    facts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
-    return torch.load(folder / "weights.pt", weights_only=True), facts
-
-
-def largest_difference(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+from tests.distributed.launch import largest_difference, run
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +37,20 @@ def test_replaying_only_the_last_micro_batch_is_seen(tmp_path, single):
     weights, facts = run(tmp_path, "--batch", "4", "--accumulation", "2", "--only_last", processes=2)
     assert [f["world"] for f in facts] == [2, 2]
     assert largest_difference(weights, single[0]) > 1e-5
+
+
+def test_gradients_that_are_views_of_buckets(tmp_path, single):
+    weights, facts = run(tmp_path, "--batch", "4", "--accumulation", "2", "--bucket_view", processes=2)
+    assert facts[0]["bucket_view"] is True
+    assert largest_difference(weights, single[0]) < 1e-6
+
+
+def test_a_head_that_ignores_the_number_of_items(tmp_path):
+    """The stock loop multiplies the loss of this head by the processes and by the accumulation steps."""
+    one, _ = run(tmp_path / "one", "--model", "bert")
+    flags = ["--model", "bert", "--batch", "4", "--accumulation", "2"]
+    two, facts = run(tmp_path / "two", *flags, processes=2)
+    stock, _ = run(tmp_path / "stock", *flags, "--no_check", processes=2)
+    assert [f["world"] for f in facts] == [2, 2]
+    assert largest_difference(one, two) < 1e-6
+    assert largest_difference(one, stock) > 1e-3

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from transformers import TrainerCallback
 
 import hf_compress as hfc
-from tests.conftest import image_samples, tiny_vit
+from hf_compress.distributed import gathered, local
+from tests.conftest import image_samples, text_samples, tiny_bert, tiny_vit
 
 
 class Recorder(hfc.CrAMTrainer):
@@ -22,10 +25,21 @@ class Recorder(hfc.CrAMTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self.seen = [*getattr(self, "seen", []), *(b["pixel_values"].sum().item() for b in batches)]
+        self.seen = [
+            *getattr(self, "seen", []),
+            *(b[self.model.main_input_name].double().sum().item() for b in batches),
+        ]
         if self.only_last:
             self._window = batches[-1:]
         return batches, num_items
+
+
+class Sharded(Recorder):
+    """Accelerate enters FSDP from GPU-like launches only; a test on the CPU has to pretend."""
+
+    def create_accelerator_and_postprocess(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
 
 class Pause(TrainerCallback):
@@ -50,8 +64,19 @@ def main():
     parser.add_argument("--pause_after_save", type=float, default=0.0)
     parser.add_argument("--only_last", action="store_true")
     parser.add_argument("--family", action="store_true")
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--bucket_view", action="store_true")
+    parser.add_argument("--model", default="vit")
+    parser.add_argument("--no_check", action="store_true")
     options = parser.parse_args()
-    model = tiny_vit(hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout)
+    if options.model == "bert":
+        model, data = tiny_bert(), text_samples()
+    else:
+        model = tiny_vit(hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout)
+        data = image_samples()
+    sharding = {}
+    if options.fsdp:
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["ViTLayer"]}}
     args = hfc.CrAMConfig(
         output_dir=str(options.output_dir),
         rho=0.1,
@@ -67,9 +92,10 @@ def main():
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
+        check_loss_scaling=not options.no_check,
+        **sharding,
     )
-    data = image_samples()
-    trainer = Recorder(
+    trainer = (Sharded if options.fsdp else Recorder)(
         model=model,
         args=args,
         train_dataset=data,
@@ -78,6 +104,8 @@ def main():
         callbacks=[Pause(options.pause_after_save)],
     )
     trainer.only_last = options.only_last
+    if options.bucket_view:
+        trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     trainer.train(resume_from_checkpoint=options.resume)
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     options.output_dir.mkdir(exist_ok=True, parents=True)
@@ -87,12 +115,16 @@ def main():
         "seen": trainer.seen,
         "ddp": type(trainer.model_wrapped).__name__,
         "log": [row for row in trainer.state.log_history if "compressed_loss" in row],
+        "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
+        "bucket_view": getattr(trainer.model_wrapped, "gradient_as_bucket_view", None),
+        "rows": [local(p).shape[0] for p in trainer.model.parameters()],
     }
     if options.family:
         family = trainer.build_family(["unstructured:0.5", "2:4"])
         facts["metrics"] = [v.metrics for v in (family.dense, *family.variants)]
     (options.output_dir / f"rank{rank}.json").write_text(json.dumps(facts))
-    weights = {n: p.detach().clone() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+    live = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    weights = {n: gathered(p).detach().clone() for n, p in live}
     torch.save(weights, options.output_dir / ("weights.pt" if rank == 0 else f"weights{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()

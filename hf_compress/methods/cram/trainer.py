@@ -61,11 +61,6 @@ class CrAMMixin(CompressionMixin):
         if "lomo" in optim or optim.endswith("layerwise"):
             raise ValueError(f"--optim {optim} steps inside the backward pass; take one that does not, as adamw_torch")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_fsdp_enabled:
-            self.cram.num_steps = self.state.global_step  # a sharded state keeps nothing but tensors and groups
-
     @property
     def cram(self) -> CrAM:
         """The `CrAM` optimizer, without what Accelerate wraps around it."""
@@ -80,8 +75,11 @@ class CrAMMixin(CompressionMixin):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The first sweep's step; the last one of a window is followed by the whole second sweep."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.cram.needs_second_gradient:
-            self._second_sweep(model, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            # Saving and loading a sharded state takes empty steps of the optimizer, and forgets its counter.
+            self.cram.num_steps = self.state.global_step
+            if self.cram.needs_second_gradient:
+                self._second_sweep(model, num_items_in_batch)
         return loss
 
     def _second_sweep(self, model: Any, num_items_in_batch: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_compress as hfc
 from hf_compress.methods.cram import CrAM
-from tests.conftest import ROOT, image_samples, tiny_resnet, tiny_vit
+from tests.conftest import ROOT, image_samples, text_samples, tiny_bert, tiny_resnet, tiny_vit
 
 WORKER = Path(__file__).parents[2] / "distributed" / "train_tiny.py"
 
@@ -63,20 +63,6 @@ def test_accumulation_equals_one_large_batch(tmp_path, steps):
     parts = {"per_device_train_batch_size": 16 // steps, "gradient_accumulation_steps": steps}
     assert largest_difference(whole, train(tmp_path, tiny_vit(), **parts).model) < 1e-6
     assert largest_difference(whole, train(tmp_path, tiny_vit(), LastBatchOnly, **parts).model) > 1e-5
-
-
-def tiny_bert():
-    import transformers as t
-
-    t.set_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return t.BertForSequenceClassification(t.BertConfig(**sizes, **dropout, intermediate_size=24))
-
-
-def text_samples():
-    ids = torch.randint(5, 64, (48, 12), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": i, "labels": i.sum() % 3} for i in ids]
 
 
 def test_a_head_that_ignores_the_number_of_items_is_corrected(tmp_path):

@@ -1,0 +1,193 @@
+"""`hf-compress compress`: what it takes, what it writes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hf_compress as hfc
+from hf_compress.cli import run
+from tests.cli.conftest import failure
+from tests.conftest import tiny_resnet, tiny_vit
+
+
+def test_compress_one_pattern_gives_a_checkpoint(tmp_path, capsys):
+    from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+    model = tiny_resnet()
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    argv = ["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]
+    assert run(argv) == 0
+    out = capsys.readouterr().out
+    assert "left dense: resnet.embedder.embedder.convolution.weight, its reduction axis of 3 is no multiple of 4" in out
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    hfc.compress(model, "2:4")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    assert "out is not empty; choose a new folder" in failure(capsys, *argv)
+
+
+def test_one_pattern_does_not_take_the_place_of_a_family(tmp_path, capsys):
+    tiny_vit().save_pretrained(tmp_path / "model")
+    argv = ["compress", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--pattern", "2:4"]
+    assert run([*argv, "--pattern", "unstructured:0.5"]) == 0
+    assert "only several patterns may replace a family" in failure(capsys, *argv)
+    (tmp_path / "out").rename(tmp_path / ".out.old")  # as a process leaves it that dies while it replaces the family
+    assert "only several patterns may replace a family" in failure(capsys, *argv)
+    assert len(hfc.load_family(tmp_path / "out").variants) == 2
+    assert run([*argv, "--pattern", "unstructured:0.9"]) == 0
+    assert [v.pattern for v in hfc.load_family(tmp_path / "out").variants] == ["2:4", "unstructured:0.9"]
+    (tmp_path / "empty").mkdir()
+    assert run(["compress", str(tmp_path / "model"), "--output_dir", str(tmp_path / "empty"), "--pattern", "2:4"]) == 0
+
+
+def tiny_bert():
+    import transformers as t
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return t.BertForQuestionAnswering(t.BertConfig(vocab_size=32, **sizes))
+
+
+def test_a_tokenizer_is_saved_only_where_there_is_one(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_bert().save_pretrained(model)
+    argv = ["compress", str(model), "--pattern", "2:4", "--output_dir"]
+    assert run([*argv, str(tmp_path / "without")]) == 0
+    assert {p.name for p in (tmp_path / "without").iterdir()} == {"config.json", "model.safetensors"}
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
+    assert run([*argv, str(tmp_path / "with")]) == 0
+    tokens = json.loads((tmp_path / "with" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "word" in tokens
+    (model / "vocab.txt").unlink()
+    (model / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    capsys.readouterr()
+    assert run([*argv, str(tmp_path / "broken")]) == 0
+    assert "left out: the tokenizer or processor of" in capsys.readouterr().err
+
+
+def test_an_image_processor_alone_does_not_bring_a_tokenizer(tmp_path):
+    import transformers as t
+
+    part = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = t.CLIPConfig(
+        text_config={**part, "vocab_size": 16}, vision_config={**part, "image_size": 8, "patch_size": 4}
+    )
+    t.CLIPModel(config).save_pretrained(tmp_path / "model")
+    t.CLIPImageProcessor().save_pretrained(tmp_path / "model")
+    assert run(["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]) == 0
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_a_tokenizer_of_a_hub_id_in_the_offline_cache(tmp_path, has_tokenizer):
+    snapshot = tmp_path / "home" / "hub" / "models--me--net" / "snapshots" / ("a" * 40)
+    tiny_bert().save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    if has_tokenizer:
+        (snapshot / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
+    argv = ["compress", "me/net", "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hf_compress", *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tokenizer.json").is_file() == has_tokenizer
+
+
+def test_compress_several_patterns_gives_a_family(tmp_path, capsys):
+    from transformers import AutoModelForQuestionAnswering
+
+    tiny_bert().save_pretrained(tmp_path / "model")
+    argv = ["compress", tmp_path / "model", "--pattern", "2:4", "--pattern", "unstructured:0.8", "--output_dir"]
+    assert run([str(w) for w in [*argv, tmp_path / "out"]]) == 0
+    family = hfc.load_family(tmp_path / "out")
+    assert [v.pattern for v in family.variants] == ["2:4", "unstructured:0.8"]
+    assert family.method == "one_shot"
+    assert "unstructured:0.8  79.9 %" in capsys.readouterr().out
+    AutoModelForQuestionAnswering.from_pretrained(family.path_to("2:4"))
+
+
+def test_compress_a_timm_checkpoint(tmp_path):
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(architecture="resnet20_cifar", num_labels=3, model_args={"width": 4})
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "model")
+    assert run(["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]) == 0
+    weight = AutoModelForImageClassification.from_pretrained(tmp_path / "out").timm_model.layer1[0].conv1.weight
+    assert (weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1).eq(2).all()
+
+
+def test_compress_a_checkpoint_that_timm_saved(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+    from transformers import AutoModelForImageClassification
+
+    save_for_hf(
+        timm.create_model("resnet20_cifar", num_classes=3, width=4), tmp_path / "model", safe_serialization=True
+    )
+    assert "num_classes" in json.loads((tmp_path / "model" / "config.json").read_text())["model_args"]
+    assert run(["compress", str(tmp_path / "model"), "--pattern", "2:4", "--output_dir", str(tmp_path / "out")]) == 0
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out").timm_model
+    native = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert all(torch.equal(a, b) for a, b in zip(native.parameters(), loaded.parameters(), strict=True))
+    assert native.num_classes == 3
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "model_args", "architecture"])
+def test_a_config_that_makes_no_model(tmp_path, capsys, field):
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    model = tiny_vit()
+    if field != "hidden_size":
+        arguments = {"architecture": "resnet20_cifar", "model_args": {"width": 4}}
+        model = TimmWrapperForImageClassification(TimmWrapperConfig(num_labels=3, **arguments))
+    model.save_pretrained(tmp_path / "model")
+    wrong = {"hidden_size": "wide", "model_args": {"foo": 1}, "architecture": "no_such_net"}[field]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, field: wrong}))
+    message = failure(capsys, "compress", tmp_path / "model", "--pattern", "2:4", "--output_dir", tmp_path / "out")
+    assert f"cannot load {tmp_path / 'model'}" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no weights", "lacks a weight", "class"])
+def test_compress_a_broken_checkpoint(tmp_path, capsys, damage):
+    from safetensors.torch import load_file, save_file
+
+    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    if damage != "missing":
+        tiny_vit().save_pretrained(model)
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "lacks a weight":
+        tensors = load_file(weights)
+        tensors.pop("classifier.weight")
+        save_file(tensors, weights, {"format": "pt"})
+    elif damage == "class":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchNet"]}))
+    message = failure(capsys, "compress", model, "--pattern", "2:4", "--output_dir", tmp_path / "out")
+    wanted = {"lacks a weight": "is incomplete: it lacks 1 weights", "class": "was saved by NoSuchNet"}
+    assert wanted.get(damage, "cannot load") in message
+    assert str(model) in message
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_a_nan_checkpoint_is_named(tmp_path, capsys):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.vit.layers[0].mlp.fc1.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    message = failure(capsys, "compress", tmp_path / "model", "--pattern", "2:4", "--output_dir", tmp_path / "out")
+    assert "mlp.fc1.weight' holds NaN" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
