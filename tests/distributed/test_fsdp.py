@@ -31,10 +31,10 @@ def single(tmp_path_factory):
     return run(tmp_path_factory.mktemp("single"), "--family")
 
 
-def test_the_trainer_equals_one_process_and_resumes(tmp_path, single):
+def test_the_trainer_equals_one_process(tmp_path, single):
     """4 samples a batch, 2 batches a window, 2 processes: the 16 samples of the single process."""
     flags = ["--batch", "4", "--accumulation", "2", "--fsdp"]
-    weights, facts = run(tmp_path / "whole", *flags, "--family", "--save_steps", "2", processes=2)
+    weights, facts = run(tmp_path, *flags, "--family", "--save_steps", "2", processes=2)
     assert [f["world"] for f in facts] == [2, 2]
     assert [f["kinds"] for f in facts] == [["DTensor"]] * 2
     assert not set(facts[0]["seen"]) & set(facts[1]["seen"])
@@ -42,6 +42,12 @@ def test_the_trainer_equals_one_process_and_resumes(tmp_path, single):
     assert facts[0]["metrics"] == facts[1]["metrics"]
     for ours, wanted in zip(facts[0]["metrics"], single[1][0]["metrics"], strict=True):
         assert ours["accuracy"] == pytest.approx(wanted["accuracy"])
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    """AdamW: torch cannot load the sharded state of an optimizer that has none, as SGD without momentum."""
+    flags = ["--batch", "4", "--accumulation", "2", "--fsdp", "--optim", "adamw_torch"]
+    weights, _ = run(tmp_path / "whole", *flags, "--save_steps", "2", processes=2)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     resumed, facts = run(tmp_path / "resumed", *flags, "--resume", checkpoint, processes=2)
     assert len(facts[0]["seen"]) == 4
