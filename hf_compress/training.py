@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,29 @@ class CompressionMixin(_TrainerBase):
                 f"got {type(self.args).__name__}; every field of TrainingArguments is a field of it"
             )
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a checkpoint whose save was interrupted is passed over for the last whole one.
+
+        Raises:
+            ValueError: if `resume_from_checkpoint` is True and there is no whole one, or names one that is not.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint and not _is_whole(Path(resume_from_checkpoint), self.args.world_size):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no checkpoint, or its save was interrupted; "
+                "resume_from_checkpoint=True takes the last whole one of output_dir"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_checkpoint(self) -> str:
+        folders = [p for p in Path(self.args.output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
+        for folder in sorted(folders, key=lambda p: int(p.name[11:]), reverse=True):
+            if _is_whole(folder, self.args.world_size):
+                return str(folder)
+            logger.warning(f"The save of {folder} was interrupted; an earlier checkpoint is resumed.")
+        raise ValueError(f"no whole checkpoint in {self.args.output_dir}; start without resume_from_checkpoint")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of an accumulation window, and by how many items their loss is divided."""
@@ -270,6 +294,16 @@ class _Batches:
             np.random.seed(args.seed % 2**32)
             torch.default_generator.manual_seed(args.seed)
             yield from loader
+
+
+def _is_whole(checkpoint: Path, world_size: int) -> bool:
+    """The state is the last file that the Trainer writes of a checkpoint; other ranks write their generators beside."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    has_generators = not any(checkpoint.glob("rng_state*.pth")) or world_size == 1
+    return has_generators or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(world_size))
 
 
 @contextmanager

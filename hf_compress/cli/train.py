@@ -47,7 +47,8 @@ def train(argv: Sequence[str]) -> None:
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
     trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
-    trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+    resume = run.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if run.args.variants:
         printer = VariantPrinter(trainer.is_world_process_zero())

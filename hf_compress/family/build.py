@@ -25,6 +25,7 @@ from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
 from .manifest import Family, commit_folder, load_family, start_folder, write_manifest
 from .plots import plot_family
+from .storage import count_scales, load_model, save_model
 from .variant import Variant
 
 Evaluate = Callable[[Any], Mapping[str, Any]]
@@ -125,7 +126,8 @@ class _Job:
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
         name = pattern.revision if pattern else "dense"
-        report: CompressionReport = run_on_main(lambda: self._write(name, pattern))
+        report: CompressionReport
+        report, storage = run_on_main(lambda: self._write(name, pattern))
         loaded = self._load(name)
         numbers = run_on_main(lambda: self._measure(name, loaded))  # before evaluate, which may change the type
         metrics: dict[str, float | None] = {}
@@ -137,7 +139,7 @@ class _Job:
             revision=name if pattern else "main",
             path=name,
             made_by="one_shot" if pattern else "trained",
-            storage="dense",
+            storage=storage,
             loads_with=_loads_with(loaded),
             metrics=metrics,
             sparsity=report.sparsity,
@@ -147,23 +149,24 @@ class _Job:
         )
 
     def _load(self, name: str) -> Any:
-        loaded = type(self.model).from_pretrained(self.folder / name, dtype="auto")
+        loaded = load_model(type(self.model), self.folder / name)
         return loaded.to(next(self.model.parameters()).device).eval()
 
-    def _write(self, name: str, pattern: Pattern | None) -> CompressionReport:
+    def _write(self, name: str, pattern: Pattern | None) -> tuple[CompressionReport, str]:
         model = self.model if pattern is None else self._load("dense")
         if pattern is not None:
             report = compress(model, pattern, self.include, self.exclude)
             if self.calibration_data is not None:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
-        save_checkpoint(model, self.processing_class, self.folder / name)
+        folder = self.folder / name
+        storage = save_checkpoint(model, self.processing_class, folder, pattern, self.include, self.exclude)
         if pattern is None:  # a share of 0 changes nothing and counts the zeros
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
-        return report
+        return report, storage
 
     def _measure(self, name: str, loaded: Any) -> dict[str, Any]:
         raw, compressed = disk_bytes(self.folder / name)
-        parameters, nonzero = count_parameters(loaded)
+        parameters, nonzero = (count - count_scales(loaded) for count in count_parameters(loaded))
         numbers = {"bytes": raw, "compressed_bytes": compressed, "parameters": parameters, "nonzero": nonzero}
         if self.example_inputs is None:
             return numbers
@@ -172,18 +175,29 @@ class _Job:
         return {**numbers, "macs": count_macs(loaded, inputs), "latency": latency}
 
 
-def save_checkpoint(model: Any, processing_class: Any, folder: Path) -> None:
-    """`save_pretrained` of a model and of its tokenizer or image processor.
+def save_checkpoint(
+    model: Any,
+    processing_class: Any,
+    folder: Path,
+    pattern: Pattern | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> str:
+    """Save a model, in integers if its pattern allows that (see `save_model`), and its tokenizer or image processor.
+
+    Returns:
+        The storage of the model: "int8" or "dense".
 
     Raises:
         OSError: if the disk is full.
     """
     try:
-        model.save_pretrained(folder)
+        storage = save_model(model, folder, pattern, include, exclude)
     except SafetensorError as error:  # which is no OSError, whatever the system said
         raise OSError(f"cannot write {folder}: {error}") from error
     if processing_class is not None:
         processing_class.save_pretrained(folder)
+    return storage
 
 
 @contextmanager
@@ -242,5 +256,5 @@ def _loads_with(model: nn.Module) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("hf_compress", "torch", "transformers", "timm", "datasets", "accelerate")
+    packages = ("hf_compress", "torch", "transformers", "timm", "datasets", "accelerate", "compressed-tensors")
     return {name: importlib.metadata.version(name) for name in packages}

@@ -21,7 +21,8 @@ class Quantized(Pattern):
     """Symmetric uniform rounding with one scale for each output channel; zeros stay zero.
 
     With q = 2^(bits-1) - 1 the scale of a channel is max|w| / q (1 where the channel is all zero), values are rounded
-    half to even and clamped to +-q times the scale. Weights stay floating point: storage makes them integers.
+    half to even and clamped to +-q times the scale. Rounding twice changes nothing. Weights stay floating point:
+    storage makes them integers.
 
     Attributes:
         bits: 2 to 8.
@@ -61,6 +62,9 @@ class Quantized(Pattern):
 def quantize(target: Target, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a weight, both in float32.
 
+    A scale is a number that the weight's own type can hold, because that is the type in which loaders keep it: codes
+    times scales, rounded to that type, are the same weights everywhere.
+
     Returns:
         Whole numbers of the weight's shape between -q and q, q = 2^(bits-1) - 1, and one scale for each output channel
         in a shape that multiplies them.
@@ -70,5 +74,9 @@ def quantize(target: Target, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     others = [d for d in range(weight.ndim) if d != output_dim]
     largest = (2 ** (bits - 1)) - 1
     peak = weight.abs().amax(others, keepdim=True) if others and weight.numel() else weight.abs()
-    scales = torch.where(peak > 0, peak / largest, 1.0)
+    dtype = target.parameter.dtype if target.parameter.dtype.itemsize < 4 else torch.float32
+    limits = torch.finfo(dtype)
+    # With fewer digits the quotient could be 0, or come out differently when the rounded weight is rounded again.
+    smallest = limits.smallest_normal * limits.eps * (largest + 1)
+    scales = torch.where(peak > 0, (peak / largest).to(dtype).float().clamp_min(smallest), 1.0)
     return (weight / scales).round_().clamp_(-largest, largest), scales

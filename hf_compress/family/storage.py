@@ -1,0 +1,170 @@
+"""How a checkpoint's bytes are written: dense as it is, or with its linear weights as integers of 8 bits.
+
+Integers are written in the format `int-quantized` of compressed-tensors, which transformers reads by itself: for each
+weight int8 codes under its own name, and a column of scales under `weight_scale`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..patterns import Chain, Pattern, Quantized
+from ..patterns.quantized import quantize
+from ..targets import Target, find_targets
+
+_FORMAT = "int-quantized"
+
+
+def save_model(
+    model: Any,
+    folder: Path,
+    pattern: Pattern | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> str:
+    """Save a model, in integers if it has been compressed to them and if transformers reads them back exactly.
+
+    Args:
+        model: with `save_pretrained` and `from_pretrained`.
+        folder: a new or empty one.
+        pattern: to which the model has been compressed, None for none.
+        include: globs that it was compressed with.
+        exclude: globs that it was compressed with.
+
+    Returns:
+        The storage: "int8" or "dense".
+    """
+    weights = integer_weights(model, pattern, include, exclude)
+    if weights:
+        _save_int8(model, weights, folder)
+        if _reads_back(model, folder):
+            return "int8"
+        _say_dense(model)
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    return "dense"
+
+
+def integer_weights(
+    model: nn.Module,
+    pattern: Pattern | None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> dict[str, Target]:
+    """The targets of a compressed model that can be written as integers: none, or all its linear ones.
+
+    None, unless the pattern is int8 or ends with it, and the targets are weights of Linear layers, none tied to
+    another. One convolution beside them, the patch embedding of a vision transformer, is no obstacle; it stays dense
+    with its rounded values.
+    """
+    last = pattern.parts[-1] if isinstance(pattern, Chain) else pattern
+    if last != Quantized(8):
+        return {}
+    targets = find_targets(model, include, exclude)
+    kinds = Counter(t.kind for t in targets.values())
+    linear = {n: t for n, t in targets.items() if t.kind == "linear"}
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    is_tied = any(uses[id(t.parameter)] > 1 for t in linear.values())  # the format would store it twice
+    return {} if kinds["conv1d"] or kinds["conv"] > 1 or is_tied else linear
+
+
+def load_model(model_class: Any, folder: Path) -> Any:
+    """`from_pretrained` in the dtype of the checkpoint, with integers decoded.
+
+    Left alone, transformers decodes at the first forward pass of the whole model; until then the parts of the model
+    cannot be called, and its parameters are codes.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config", {}).get("quant_method") != "compressed-tensors":
+        return model_class.from_pretrained(folder, dtype="auto")
+    from compressed_tensors.offload import as_single_threaded  # not inside: it opens stderr for its log
+
+    with _without_progress_bars(), as_single_threaded():  # rank 0 may be the only one here
+        model = model_class.from_pretrained(folder, dtype="auto")
+        model.hf_quantizer.compressor.decompress_model(model)
+    return model
+
+
+def count_scales(model: nn.Module) -> int:
+    """Scales among the parameters of a loaded model: they are how weights are stored, no weights, and never zero."""
+    quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
+    return sum(p.numel() for m in quantized for n, p in m.named_parameters(recurse=False) if n == "weight_scale")
+
+
+def _save_int8(model: Any, weights: dict[str, Target], folder: Path) -> None:
+    # compressed-tensors would divide half-precision weights in their own type, and miss some codes by one.
+    state = model.state_dict()
+    for name, target in weights.items():
+        codes, scales = quantize(target, 8)
+        state[name] = codes.to(torch.int8)
+        state[f"{name}_scale"] = scales.to(target.parameter.dtype)
+    model.save_pretrained(folder, state_dict=state)
+    _write_config(folder, _dense_layers(model, weights))
+
+
+def _write_config(folder: Path, ignore: list[str]) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    grid = QuantizationArgs.model_validate({"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"})
+    # Without a format of its own the group would be read as pack-quantized, the default for weights alone.
+    group = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": grid, "format": _FORMAT})
+    config = {"config_groups": {"group_0": group}, "format": _FORMAT, "quantization_status": "compressed"}
+    compressor = ModelCompressor(QuantizationConfig.model_validate({**config, "ignore": ignore}))
+    compressor.update_config(str(folder))
+
+
+def _dense_layers(model: Any, weights: dict[str, Target]) -> list[str]:
+    """Linear layers that stay dense, under their names in the model and, for loaders of it, in its backbone."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in weights]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return list(dict.fromkeys([*names, *(n.removeprefix(prefix) for n in names)]))
+
+
+@torch.no_grad()
+def _reads_back(model: Any, folder: Path) -> bool:
+    """Whether every Linear layer has the weights of `model` when transformers loads the folder."""
+    try:
+        loaded = load_model(type(model), folder)
+    except (RuntimeError, ValueError, KeyError):
+        return False
+    layers = dict(loaded.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(weight := module._parameters.get("weight"), torch.Tensor):
+            found = layers[name].weight.to(weight.device)
+            if not found.is_floating_point() or not torch.equal(found, weight.to(found.dtype)):
+                return False
+    return True
+
+
+def _say_dense(model: Any) -> None:
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning(
+        f"transformers does not read {type(model).__name__} back from {_FORMAT} as it was (known for mixtures of "
+        "experts and for float64): its rounded values are saved dense"
+    )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """compressed-tensors draws four for every checkpoint; whatever else is written comes through at the end."""
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):
+            yield
+    finally:
+        for line in written.getvalue().split("\n"):
+            if line and "\r" not in line:
+                print(line, file=sys.stderr)
