@@ -50,10 +50,11 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
     threshold = kth_smallest_magnitude(weights, num_pruned)
-    masks = [_magnitude(w, threshold) > threshold for w in weights]
     if all(w.device.type == "cpu" for w in weights):
+        masks = [_above(w, threshold) for w in weights]
         _keep_last_ties_cpu(weights, masks, threshold, total - num_pruned)
     else:
+        masks = [_magnitude(w, threshold) > threshold for w in weights]
         _keep_last_ties(weights, masks, threshold, total - num_pruned)
     return masks
 
@@ -67,45 +68,62 @@ def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Ten
 
 def _banded_kth(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     """A strided sample gives a narrow band around the answer, one pass over the weights makes it exact."""
-    low, high = _confidence_band(weights, k)
+    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    low, high = _confidence_band(weights, k, dtype)
+    is_in_band, is_below_high = np.empty(CHUNK, bool), np.empty(CHUNK, bool)
     while True:
         below, inside = 0, []
-        for chunk in _magnitudes(weights):
+        for chunk in _magnitudes(weights, dtype):
             if np.isnan(chunk.max()):
                 raise ValueError(
                     "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
                 )
-            below += int(np.count_nonzero(chunk < low))
-            inside.append(chunk[(chunk >= low) & (chunk <= high)])
+            band, rest = is_in_band[: chunk.size], is_below_high[: chunk.size]
+            np.greater_equal(chunk, low, out=band)
+            below += chunk.size - int(np.count_nonzero(band))
+            np.less_equal(chunk, high, out=rest)
+            np.logical_and(band, rest, out=band)
+            inside.append(chunk[np.flatnonzero(band)])
         candidates = np.concatenate(inside)
         if below < k <= below + candidates.size:
             candidates.partition(k - below - 1)
             return torch.tensor(candidates[k - below - 1])
-        low, high = (0.0, low) if k <= below else (high, np.inf)
+        low, high = (type(low)(0.0), low) if k <= below else (high, type(high)(np.inf))
 
 
-def _confidence_band(weights: Sequence[torch.Tensor], k: int) -> tuple[float, float]:
+def _confidence_band(weights: Sequence[torch.Tensor], k: int, dtype: torch.dtype) -> tuple[np.floating, np.floating]:
     """Magnitudes between which the k-th smallest lies, as far as a sample of every tensor can tell."""
     total = sum(w.numel() for w in weights)
     stride = max(1, total // _SAMPLES)
-    sample = np.concatenate(list(_magnitudes([_flat(w)[::stride] for w in weights])))
+    sample = np.concatenate([m.copy() for m in _magnitudes([_flat(w)[::stride] for w in weights], dtype)])
     sample.sort()
     share = k / total
     spread = _CONFIDENCE * (sample.size * share * (1 - share)) ** 0.5 + 2 + len(weights)
     first, last = int(share * sample.size - spread), int(share * sample.size + spread)
+    kind = sample.dtype.type  # comparisons with a Python number would be slower
     return (
-        float(sample[first]) if first >= 0 else 0.0,
-        float(sample[last]) if last < sample.size else np.inf,
+        sample[first] if first >= 0 else kind(0.0),
+        sample[last] if last < sample.size else kind(np.inf),
     )
 
 
-def _magnitudes(weights: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
-    """|w| of all weights in chunks that fit the cache, float32 (float64 if a weight is)."""
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+def _magnitudes(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[np.ndarray]:
+    """|w| of all weights in chunks that fit the cache; the next chunk takes the place of the one before."""
+    scratch = torch.empty(CHUNK, dtype=dtype)
     for weight in weights:
         for chunk in _flat(weight).split(CHUNK):
             if chunk.numel():
-                yield chunk.to(dtype).abs().numpy()
+                yield torch.abs(chunk.to(dtype), out=scratch[: chunk.numel()]).numpy()
+
+
+def _above(weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """|w| > threshold on a CPU, without a temporary of the size of the weight."""
+    mask, limit = np.empty(weight.numel(), bool), threshold.numpy()[()]
+    start = 0
+    for chunk in _magnitudes([weight], threshold.dtype):
+        np.greater(chunk, limit, out=mask[start : start + chunk.size])
+        start += chunk.size
+    return torch.from_numpy(mask).view(weight.shape)
 
 
 def _magnitude(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

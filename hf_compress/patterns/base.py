@@ -13,6 +13,7 @@ import torch
 
 from ..distributed import local
 from ..targets import Target
+from .masking import zero_
 
 Weights = Mapping[str, Target | torch.Tensor]
 
@@ -56,8 +57,7 @@ class Pattern(ABC):
         """
         masks = self.select(weights)
         for name, mask in masks.items():
-            # A product would keep NaN and infinity.
-            local(weights[name].parameter).masked_fill_(local(mask).logical_not(), 0)
+            zero_(local(weights[name].parameter), local(mask))
         return masks
 
     def skip_reason(self, target: Target) -> str | None:

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...distributed import is_sharded, local, total_norm
 from ...patterns import Pattern, parse_patterns
+from ...patterns.masking import masked
 from ...targets import Target, find_targets, unwrap
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -224,6 +225,7 @@ class _Ascent:
         self.first: dict[str, torch.Tensor] = {}
         self.norms = [m for m in cram.model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self.handles: list[Any] = []
+        self.scratch: torch.Tensor | None = None
 
     @torch.no_grad()
     def enter(self, pattern: Pattern | None, grad_scale: float) -> None:
@@ -296,7 +298,18 @@ class _Ascent:
                     self.first[name] = _gradient(parameter).clone()
                     _gradient(parameter).zero_()
             elif parameter.requires_grad:
-                self.handles.append(parameter.register_hook(_masking(mask.logical_not_())))
+                self.handles.append(parameter.register_hook(self._masking(mask)))
+
+    def _masking(self, mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A hook that masks a gradient; what it returns is added to `.grad` before the next hook runs."""
+
+        def mask_gradient(gradient: torch.Tensor) -> torch.Tensor:
+            if self.scratch is None:
+                largest = max(t.parameter.numel() for t in self.targets.values())
+                self.scratch = torch.empty(largest, dtype=gradient.dtype, device=gradient.device)
+            return masked(gradient, mask, self.scratch)
+
+        return mask_gradient
 
 
 def check_rho(rho: float) -> float:
@@ -331,7 +344,3 @@ def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Te
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
     return local(parameter.grad)
-
-
-def _masking(removed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda gradient: gradient.masked_fill(removed, 0)
