@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 def is_main_process() -> bool:
     """True on rank 0, and where no process group is running."""
-    return not _is_distributed() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
 def run_on_main(work: Callable[[], Any]) -> Any:
@@ -25,7 +25,7 @@ def run_on_main(work: Callable[[], Any]) -> Any:
         RuntimeError: on the other ranks when `work` fails on rank 0, where its own error is raised: nobody is left
             waiting for a process that is gone.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return work()
     message: list[Any] = [None, None]
     failure: BaseException | None = None
@@ -103,5 +103,6 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([square.to(first.device) for square in shared.values()]).sum().sqrt()
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """True where a process group is running."""
     return dist.is_available() and dist.is_initialized()

@@ -49,46 +49,70 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
         return _keep_largest_sharded([(weights, num_pruned)])[0]
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
-    threshold = kth_smallest_magnitude(weights, num_pruned)
     if all(w.device.type == "cpu" for w in weights):
-        masks = [_above(w, threshold) for w in weights]
-        _keep_last_ties_cpu(weights, masks, threshold, total - num_pruned)
-    else:
-        masks = [_magnitude(w, threshold) > threshold for w in weights]
-        _keep_last_ties(weights, masks, threshold, total - num_pruned)
+        return _split(_select_on_cpu(weights, num_pruned)[1], weights)
+    threshold = kth_smallest_magnitude(weights, num_pruned)
+    masks = [_magnitude(w, threshold) > threshold for w in weights]
+    _keep_last_ties(weights, masks, threshold, total - num_pruned)
     return masks
 
 
 def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     """The k-th smallest magnitude (k counts from 1) of all entries, as a 0-dim tensor; no wait for the device."""
     if all(w.device.type == "cpu" for w in weights):
-        return _banded_kth(weights, k)
+        return torch.tensor(_select_on_cpu(weights, k)[0])
     return torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(k).values
 
 
-def _banded_kth(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
-    """A strided sample gives a narrow band around the answer, one pass over the weights makes it exact."""
+def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> tuple[np.floating, np.ndarray]:
+    """The largest magnitude that is pruned, and the mask of all weights one after the other.
+
+    A strided sample gives a narrow band around the threshold. One pass over the weights keeps what lies above it and
+    gathers what lies inside; only that is ordered.
+    """
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    low, high = _confidence_band(weights, k, dtype)
-    is_in_band, is_below_high = np.empty(CHUNK, bool), np.empty(CHUNK, bool)
+    low, high = _confidence_band(weights, num_pruned, dtype)
+    mask = np.empty(sum(w.numel() for w in weights), bool)
     while True:
-        below, inside = 0, []
-        for chunk in _magnitudes(weights, dtype):
-            if np.isnan(chunk.max()):
-                raise ValueError(
-                    "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
-                )
-            band, rest = is_in_band[: chunk.size], is_below_high[: chunk.size]
-            np.greater_equal(chunk, low, out=band)
-            below += chunk.size - int(np.count_nonzero(band))
-            np.less_equal(chunk, high, out=rest)
-            np.logical_and(band, rest, out=band)
-            inside.append(chunk[np.flatnonzero(band)])
-        candidates = np.concatenate(inside)
-        if below < k <= below + candidates.size:
-            candidates.partition(k - below - 1)
-            return torch.tensor(candidates[k - below - 1])
-        low, high = (type(low)(0.0), low) if k <= below else (high, type(high)(np.inf))
+        below, places, values = _mark(weights, mask, low, high, dtype)
+        if below < num_pruned <= below + values.size:
+            break
+        low, high = (type(low)(0.0), low) if num_pruned <= below else (high, type(high)(np.inf))
+    rank = num_pruned - below
+    threshold = np.partition(values, rank - 1)[rank - 1]
+    smaller, ties = np.flatnonzero(values < threshold), np.flatnonzero(values == threshold)
+    mask[places[smaller]] = False
+    mask[places[ties[: rank - smaller.size]]] = False
+    return threshold, mask
+
+
+def _mark(
+    weights: Sequence[torch.Tensor], mask: np.ndarray, low: np.floating, high: np.floating, dtype: torch.dtype
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Write |w| >= low into the mask; how many are smaller, and places and magnitudes of those up to `high`."""
+    is_in_band = np.empty(CHUNK, bool)
+    start, kept = 0, 0
+    places, values = [], []
+    for chunk in _magnitudes(weights, dtype):
+        if np.isnan(chunk.max()):
+            raise ValueError(
+                "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
+            )
+        part, band = mask[start : start + chunk.size], is_in_band[: chunk.size]
+        np.greater_equal(chunk, low, out=part)
+        kept += int(np.count_nonzero(part))
+        np.less_equal(chunk, high, out=band)
+        np.logical_and(band, part, out=band)
+        inside = np.flatnonzero(band)
+        values.append(chunk[inside])
+        places.append(inside + start)
+        start += chunk.size
+    return start - kept, np.concatenate(places), np.concatenate(values)
+
+
+def _split(mask: np.ndarray, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = torch.from_numpy(mask).split([w.numel() for w in weights])
+    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 
 def _confidence_band(weights: Sequence[torch.Tensor], k: int, dtype: torch.dtype) -> tuple[np.floating, np.floating]:
@@ -116,16 +140,6 @@ def _magnitudes(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator
                 yield torch.abs(chunk.to(dtype), out=scratch[: chunk.numel()]).numpy()
 
 
-def _above(weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """|w| > threshold on a CPU, without a temporary of the size of the weight."""
-    mask, limit = np.empty(weight.numel(), bool), threshold.numpy()[()]
-    start = 0
-    for chunk in _magnitudes([weight], threshold.dtype):
-        np.greater(chunk, limit, out=mask[start : start + chunk.size])
-        start += chunk.size
-    return torch.from_numpy(mask).view(weight.shape)
-
-
 def _magnitude(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # A comparison of bfloat16 with a float32 number would round the number.
     return weight.detach().abs().to(like.dtype)
@@ -135,25 +149,13 @@ def _flat(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().reshape(-1)
 
 
-def _keep_last_ties_cpu(
-    weights: Sequence[torch.Tensor], masks: list[torch.Tensor], threshold: torch.Tensor, num_kept: int
-) -> None:
-    """Weights that tie with the threshold are pruned in order of position, so the last of them are kept."""
-    missing = num_kept - sum(np.count_nonzero(m.numpy()) for m in masks)
-    for i in reversed(range(len(weights))):
-        if missing == 0:
-            return
-        ties = (_magnitude(weights[i], threshold).flatten() == threshold).nonzero().flatten()[-missing:]
-        kept = masks[i].flatten()
-        kept[ties] = True
-        masks[i] = kept.view(masks[i].shape)
-        missing -= ties.numel()
-
-
 def _keep_last_ties(
     weights: Sequence[torch.Tensor], masks: list[torch.Tensor], threshold: torch.Tensor, num_kept: int
 ) -> None:
-    """The same without looking at a number: a tie is kept if fewer than `missing` ties come after it."""
+    """Weights that tie with the threshold are pruned in order of position, so that the last of them are kept.
+
+    No number is looked at: a tie is kept if fewer than `missing` ties come after it.
+    """
     missing = num_kept - sum(m.sum() for m in masks)
     for i in reversed(range(len(weights))):
         tied = _magnitude(weights[i], threshold).flatten() == threshold

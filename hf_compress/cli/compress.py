@@ -68,7 +68,7 @@ def compress(argv: Sequence[str]) -> None:
     try:
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
         report = compress_model(model, patterns[0], args.include, args.exclude)
-        save_checkpoint(model, processing_class, partial)
+        save_checkpoint(model, processing_class, partial, patterns[0], args.include, args.exclude)
         commit_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

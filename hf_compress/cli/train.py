@@ -47,6 +47,9 @@ def train(argv: Sequence[str]) -> None:
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
     trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
+    if trainer.is_world_process_zero():
+        processes = trainer.accelerator.num_processes
+        print(f"{run.method.name} on {processes} process{'es' if processes > 1 else ''}", flush=True)
     resume = run.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()

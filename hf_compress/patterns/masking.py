@@ -33,6 +33,20 @@ def masked(values: torch.Tensor, mask: torch.Tensor, scratch: torch.Tensor) -> t
     return values.masked_fill(mask.logical_not(), 0)
 
 
+def add_masked_(total: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add `values` to `total` in place where `mask` is True."""
+    if not (_has_fast_path(values, mask) and _has_fast_path(total, mask)):
+        total.add_(values.masked_fill(mask.logical_not(), 0))
+        return
+    bits = np.empty(CHUNK, np.int32)
+    sums, sources, keeps = _chunks(total, np.float32), _chunks(values, np.int32), _chunks(mask, np.int8)
+    for part, source, keep in zip(sums, sources, keeps, strict=True):
+        ones = bits[: keep.size]
+        np.negative(keep, out=ones, dtype=np.int32, casting="unsafe")
+        np.bitwise_and(source, ones, out=ones)
+        np.add(part, ones.view(np.float32), out=part)
+
+
 def _has_fast_path(values: torch.Tensor, mask: torch.Tensor) -> bool:
     is_float = values.device.type == "cpu" and values.dtype == torch.float32
     return is_float and values.is_contiguous() and mask.is_contiguous()

@@ -119,9 +119,25 @@ def test_python_blocks_run(workplace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("hf-compress")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("hf-compress", "ACCELERATE_USE_CPU"))])
 def test_commands_run_as_printed(workplace, command):
-    run(command, workplace)
+    output = run(command, workplace, OMP_NUM_THREADS="1")
+    if "accelerate launch" in command:
+        assert "cram on 2 processes" in output
+
+
+def test_the_table_is_that_of_a_run_that_happened(tmp_path):
+    from dataclasses import replace
+
+    from hf_compress.cli.table import render
+    from hf_compress.family import Family, Variant
+
+    content = json.loads((ROOT / "recipes/benchmarks/results/digits_cram_family.json").read_text())
+    dense, *variants = (Variant(**v) for v in (content["dense"], *content["variants"]))
+    keys = ("method", "task", "base_model", "recipe", "versions", "files")
+    family = Family(folder=tmp_path, dense=dense, variants=tuple(variants), **{k: content[k] for k in keys})
+    assert render(family) in README
+    assert render(replace(family, variants=())) + "\n\n" not in README
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

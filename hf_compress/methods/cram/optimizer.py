@@ -21,9 +21,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 
-from ...distributed import is_sharded, local, total_norm
+from ...distributed import is_distributed, is_sharded, local, total_norm
 from ...patterns import Pattern, parse_patterns
-from ...patterns.masking import masked
+from ...patterns.masking import add_masked_, masked
 from ...targets import Target, find_targets, unwrap
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -102,6 +102,7 @@ class CrAM(torch.optim.Optimizer):
         self._targets = {name: (t.reduction_dim, t.kind) for name, t in targets.items()}
         self.num_steps = 0
         self._is_compressed = False
+        self._copies: list[torch.Tensor] = []
 
     @property
     def pattern(self) -> Pattern | None:
@@ -150,6 +151,17 @@ class CrAM(torch.optim.Optimizer):
             step.restore()
             self._is_compressed = False
 
+    @torch.no_grad()
+    def copies_of(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of the parts of parameters on this rank, in memory that is kept from step to step."""
+        parts = [local(p).detach() for p in parameters]
+        alike = [(c.shape, c.dtype, c.device) for c in self._copies] == [(p.shape, p.dtype, p.device) for p in parts]
+        if not alike:
+            self._copies = [torch.empty_like(p) for p in parts]
+        for copy, part in zip(self._copies, parts, strict=True):
+            copy.copy_(part)
+        return self._copies
+
     def _live_targets(self) -> dict[str, Target]:
         # Activation checkpointing wraps modules after the names were taken.
         live = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in self.model.named_parameters()}
@@ -188,7 +200,7 @@ class CrAM(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return {**self.__dict__, "_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -218,9 +230,9 @@ class _Ascent:
     def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
         self.cram, self.parameters, self.targets = cram, parameters, targets
         touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
-        self.saved = [(p, local(p).detach().clone()) for p in touched.values()]
+        self.saved = list(zip(touched.values(), cram.copies_of(list(touched.values())), strict=True))
         self.unchanged = [] if cram.needs_second_gradient else [_gradient(p).clone() for p in parameters]
-        # Gradients of sharded parameters come by another way than hooks, so that theirs are masked afterwards.
+        self.aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.removed: dict[str, torch.Tensor] = {}
         self.first: dict[str, torch.Tensor] = {}
         self.norms = [m for m in cram.model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
@@ -260,6 +272,9 @@ class _Ascent:
     @torch.no_grad()
     def combine(self) -> None:
         """What the block leaves in the gradients when it ends without an exception."""
+        for parameter, total in self.aside:
+            parameter.grad = total
+        self.aside = []
         for name, removed in self.removed.items():
             gradient = _gradient(self.targets[name].parameter)
             gradient.masked_fill_(removed, 0)
@@ -276,6 +291,9 @@ class _Ascent:
             norm.track_running_stats = True
         for handle in self.handles:
             handle.remove()
+        for parameter, gradient in self.aside:
+            parameter.grad = gradient
+        self.aside = []
         for parameter, value in self.saved:
             local(parameter).copy_(value)
         reshard(self.cram.model)
@@ -292,24 +310,49 @@ class _Ascent:
     def _mask_gradients(self, masks: dict[str, torch.Tensor]) -> None:
         for name, mask in masks.items():
             parameter = self.targets[name].parameter
-            if is_sharded(parameter) and parameter.grad is not None:
-                self.removed[name] = local(mask).logical_not()
-                if self.cram.plus:
-                    self.first[name] = _gradient(parameter).clone()
-                    _gradient(parameter).zero_()
-            elif parameter.requires_grad:
+            if is_sharded(parameter):
+                self._recombine(name, mask)
+            elif parameter.requires_grad and is_distributed():
                 self.handles.append(parameter.register_hook(self._masking(mask)))
+            elif parameter.requires_grad:
+                self._merge(parameter, mask)
+
+    def _recombine(self, name: str, mask: torch.Tensor) -> None:
+        """Gradients of sharded parameters come by another way than hooks, so that they are masked afterwards."""
+        parameter = self.targets[name].parameter
+        if parameter.grad is not None:
+            self.removed[name] = local(mask).logical_not()
+            if self.cram.plus:
+                self.first[name] = _gradient(parameter).clone()
+                _gradient(parameter).zero_()
 
     def _masking(self, mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A hook that masks a gradient; what it returns is added to `.grad` before the next hook runs."""
+        """A hook for DistributedDataParallel: it masks what is added to `.grad`, before that is reduced."""
 
         def mask_gradient(gradient: torch.Tensor) -> torch.Tensor:
-            if self.scratch is None:
+            if self.scratch is None:  # one for all: what a hook returns is added before the next hook runs
                 largest = max(t.parameter.numel() for t in self.targets.values())
                 self.scratch = torch.empty(largest, dtype=gradient.dtype, device=gradient.device)
             return masked(gradient, mask, self.scratch)
 
         return mask_gradient
+
+    def _merge(self, parameter: torch.Tensor, mask: torch.Tensor) -> None:
+        """One process: the first gradient stands aside, and takes in each second one as soon as it is there."""
+        self.aside.append((parameter, parameter.grad))
+        parameter.grad = None
+        position = len(self.aside) - 1
+
+        def merge(_: torch.Tensor) -> None:
+            second, total = parameter.grad, self.aside[position][1]
+            assert second is not None
+            if total is None:
+                self.aside[position] = (parameter, masked(second, mask, second.clone().flatten()))
+            else:
+                add_masked_(total, second, mask)
+            parameter.grad = None
+
+        self.handles.append(parameter.register_post_accumulate_grad_hook(merge))
 
 
 def check_rho(rho: float) -> float:
