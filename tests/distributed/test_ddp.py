@@ -45,6 +45,7 @@ def test_gradients_that_are_views_of_buckets(tmp_path, single):
     assert largest_difference(weights, single[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_head_that_ignores_the_number_of_items(tmp_path):
     """The stock loop multiplies the loss of this head by the processes and by the accumulation steps."""
     one, _ = run(tmp_path / "one", "--model", "bert")

@@ -10,6 +10,7 @@ import torch
 from tests.distributed.launch import largest_difference, launch, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_bare_loop_equals_one_process(tmp_path, processes):
     """Every pattern, CrAM+ and plain, weights gathered again for the backward pass or kept; and SAM."""
@@ -44,6 +45,7 @@ def test_the_trainer_equals_one_process(tmp_path, single):
         assert ours["accuracy"] == pytest.approx(wanted["accuracy"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     """AdamW: torch cannot load the sharded state of an optimizer that has none, as SGD without momentum."""
     flags = ["--batch", "4", "--accumulation", "2", "--fsdp", "--optim", "adamw_torch"]

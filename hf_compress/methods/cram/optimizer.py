@@ -102,7 +102,7 @@ class CrAM(torch.optim.Optimizer):
         self._targets = {name: (t.reduction_dim, t.kind) for name, t in targets.items()}
         self.num_steps = 0
         self._is_compressed = False
-        self._copies: list[torch.Tensor] = []
+        self._memory: list[torch.Tensor] = []
 
     @property
     def pattern(self) -> Pattern | None:
@@ -151,16 +151,13 @@ class CrAM(torch.optim.Optimizer):
             step.restore()
             self._is_compressed = False
 
-    @torch.no_grad()
-    def copies_of(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of the parts of parameters on this rank, in memory that is kept from step to step."""
+    def memory_like(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Room for the parts of parameters on this rank, kept from step to step."""
         parts = [local(p).detach() for p in parameters]
-        alike = [(c.shape, c.dtype, c.device) for c in self._copies] == [(p.shape, p.dtype, p.device) for p in parts]
+        alike = [(c.shape, c.dtype, c.device) for c in self._memory] == [(p.shape, p.dtype, p.device) for p in parts]
         if not alike:
-            self._copies = [torch.empty_like(p) for p in parts]
-        for copy, part in zip(self._copies, parts, strict=True):
-            copy.copy_(part)
-        return self._copies
+            self._memory = [torch.empty_like(p) for p in parts]
+        return self._memory
 
     def _live_targets(self) -> dict[str, Target]:
         # Activation checkpointing wraps modules after the names were taken.
@@ -200,7 +197,7 @@ class CrAM(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": []}
+        return {**self.__dict__, "_memory": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -229,8 +226,8 @@ class _Ascent:
 
     def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
         self.cram, self.parameters, self.targets = cram, parameters, targets
-        touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
-        self.saved = list(zip(touched.values(), cram.copies_of(list(touched.values())), strict=True))
+        self.touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
+        self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.unchanged = [] if cram.needs_second_gradient else [_gradient(p).clone() for p in parameters]
         self.aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.removed: dict[str, torch.Tensor] = {}
@@ -254,10 +251,13 @@ class _Ascent:
         for name, target in in_half.items():
             if target.parameter.grad is not None:
                 _add_(local(wide[name].parameter), _gradient(target.parameter).float(), rho)
-        for parameter in self.parameters:
-            _add_(local(parameter), _gradient(parameter), rho)
-            if not self.cram.plus:
-                _gradient(parameter).zero_()
+        touched = list(self.touched.values())
+        for parameter, memory in zip(touched, self.cram.memory_like(touched), strict=True):
+            self.saved.append((parameter, memory.copy_(local(parameter))))
+            if parameter.grad is not None:  # right after the copy, while the weight is in the cache
+                _add_(local(parameter), _gradient(parameter), rho)
+                if not self.cram.plus:
+                    _gradient(parameter).zero_()
         if pattern is not None:
             try:
                 masks = pattern.compress_({n: wide[n] if n in wide else in_float[n] for n in self.targets})

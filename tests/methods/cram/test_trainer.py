@@ -292,6 +292,7 @@ def run_worker(folder, *flags, kill_at=None):
     assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), output
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     """Dropout, Adam, drawn patterns, an epoch that is left in the middle."""
     flags = ["--max_steps", "8", "--save_steps", "4", "--dropout", "0.1", "--optim", "adamw_torch"]
