@@ -159,6 +159,15 @@ def test_numbers_in_the_readme_are_those_of_the_result():
         assert cells.split(" | ") == wanted
 
 
+def test_numbers_of_cifar10_are_those_of_the_result():
+    result = json.loads((ROOT / "recipes/benchmarks/results/cifar10_cram.json").read_text())
+    rows = re.findall(r"^\| ResNet-20, (\S+) \| (.*) \|$", README, re.M)
+    assert [pattern for pattern, _ in rows] == list(result["mean"]["sgd"])
+    for pattern, cells in rows:
+        means = [result["mean"][arm][pattern]["mean"] for arm in ("sgd", "sam", "cram_multi", "cram_nm")]
+        assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
+
+
 def test_the_result_meets_its_bars():
     """Dense within half a point of SGD, and ahead after pruning by more than twice the standard error."""
     result = json.loads((ROOT / "recipes/benchmarks/results/digits_cram.json").read_text())

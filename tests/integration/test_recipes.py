@@ -1,0 +1,119 @@
+"""Every packaged recipe starts: its flags parse, its model is built, trained, cut and saved. Data are random pixels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import hf_compress as hfc
+from hf_compress.cli import run
+from hf_compress.cli.recipes import packaged, read_recipe
+from hf_compress.patterns import parse_patterns
+from tests.conftest import ROOT, tiny_vit
+
+# Flags that make the run light: the model small, the pictures too.
+LIGHT = {
+    "cifar10_resnet20_cram": ["--model_args", '{"shortcut": "B", "depth": 8}'],
+    "cifar10_resnet18_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
+    "imagenet_resnet50_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
+    "imagenet_resnet50_cram_nm": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
+    "imagenet_vit_cram": ["--model_name_or_path", "VIT"],
+}
+FAST = "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --dataloader_num_workers 0"
+FAST += " --calibration_samples 8 --use_cpu --disable_tqdm true --dataloader_pin_memory false"
+OF_IMAGES = {n: p for n, p in packaged().items() if p.parent.name == "image-classification" and n != "digits_cram"}
+ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with two classes of random pictures, for training and for validation."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 8), ("validation", 4)):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A pretrained model that is there without the Hub."""
+    from transformers import ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("vit")
+    tiny_vit(image_size=32, patch_size=8).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(OF_IMAGES))
+def test_recipe_starts_and_gives_a_family(name, tmp_path, capsys, pictures, vit):
+    recipe = read_recipe(name)
+    first, last = recipe["variants"][0], recipe["variants"][-1]
+    variants = list(dict.fromkeys([first, last]))
+    flags = [str(vit) if word == "VIT" else word for word in LIGHT[name]]
+    data = ["--dataset_name", str(pictures), "--image_column", "image"]
+    command = ["train", name, *data, *flags, *FAST.split(), "--output_dir", str(tmp_path), "--variants", *variants]
+    assert run(command) == 0, capsys.readouterr().err
+    family = hfc.load_family(tmp_path / "_family")
+    assert [v.pattern for v in family.variants] == variants
+    assert all(v.metrics["accuracy"] is not None and v.sparsity > 0.2 for v in family.variants)
+    # What the run says of itself is the recipe; what equals a default is left out.
+    for key in ("rho", "patterns", "optim_args", "augmentation", "lr_scheduler_type"):
+        assert family.recipe.get(key, recipe.get(key)) == recipe.get(key), key
+    assert family.recipe["learning_rate"] == float(recipe["learning_rate"])
+    log = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert log["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", sorted(packaged()))
+def test_patterns_of_recipes_are_canonical(name):
+    """As the manifest and the card will spell them."""
+    recipe = read_recipe(name)
+    for key in ("patterns", "variants"):
+        written = recipe.get(key) or []
+        assert [str(p) for p in parse_patterns(written)] == written
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_the_file(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text())
+    assert config.to_dict().items() >= {k: v for k, v in written.items() if v != "NO"}.items()
+    assert str(config.mixed_precision) == "no"
+    assert config.num_processes % config.num_machines == 0
+
+
+def test_there_is_a_file_for_every_way_to_launch():
+    assert [path.stem for path in ACCELERATE] == ["ddp", "fsdp2", "one_process", "two_nodes"]
+    fsdp = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    assert fsdp["fsdp_version"] == 2
+
+
+def test_the_cifar10_result_is_what_its_runs_say(tmp_path):
+    """Means, differences and the plot come from the runs in the file alone."""
+    path = ROOT / "recipes" / "benchmarks" / "cifar10_cram.py"
+    spec = importlib.util.spec_from_file_location("cifar10_cram", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = json.loads((path.parent / "results" / "cifar10_cram.json").read_text())
+    again = benchmark.summary(result["settings"], result["runs"])
+    for key in ("what", "command", "mean", "minus", "ahead", "minutes"):
+        assert again[key] == result[key], key
+    assert result["settings"]["arms"] == benchmark.ARMS
+    assert result["settings"]["training"] == benchmark.TRAINING
+    assert {len(result["runs"][arm]) for arm in benchmark.ARMS} == {2}
+    benchmark.draw(result, tmp_path / "plot")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
