@@ -6,6 +6,7 @@ the Hub. Models come pretrained (`model_name_or_path`) or new (`architecture`).
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from transformers.utils import logging
 
 from .metrics import accuracy
+from .timm_input import (
+    INPUT_KEYS,
+    describe_timm,
+    fit_input,
+    one_per_channel,
+    timm_processor,
+    with_native_names,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -24,8 +33,6 @@ DEFAULT_FLAGS = {"remove_unused_columns": False}
 AUGMENTATIONS = ("none", "crop_flip", "resized_crop_flip")
 # What images are converted to, by the channels that a model takes.
 _MODES = {1: "L", 3: "RGB"}
-# What timm needs to know of a new model; the rest of its registry is about weights that this model does not have.
-_INPUT_KEYS = "input_size fixed_input_size interpolation crop_pct crop_mode mean std first_conv classifier".split()
 
 
 @dataclass
@@ -93,6 +100,7 @@ def prepare(args: ImageClassificationArguments) -> dict[str, Any]:
         model, processor = _new(str(args.architecture), _parse_json(args.model_args), args.image_size, classes)
     channels = _channels(model, processor)
     augment = _augmentation(args.augmentation, processor)
+    cut_to_size = _without_resizing(model, processor) if args.augmentation == "resized_crop_flip" else processor
 
     def transform(batch: dict[str, Any], training: bool) -> dict[str, Any]:
         if image_column not in batch:
@@ -101,7 +109,7 @@ def prepare(args: ImageClassificationArguments) -> dict[str, Any]:
         if training:
             images = [augment(image) for image in images]
         return {
-            "pixel_values": processor(images, return_tensors="pt")["pixel_values"],
+            "pixel_values": (cut_to_size if training else processor)(images, return_tensors="pt")["pixel_values"],
             "labels": torch.tensor(batch[label_column]),
         }
 
@@ -229,35 +237,19 @@ def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(name)
     is_timm = isinstance(config, TimmWrapperConfig)
     if is_timm:
-        _describe_timm(config, classes)
+        describe_timm(config, classes)
     # On the object: the config of timm models takes no id2label when it is read from a file.
     for key, value in _label_maps(classes).items():
         setattr(config, key, value)
     options = {"config": config, "ignore_mismatched_sizes": True, "dtype": torch.float32}  # master weights
     model = AutoModelForImageClassification.from_pretrained(name, **options)
     if is_timm:
-        return _with_native_names(model), _timm_processor(config)
+        return with_native_names(model), timm_processor(config)
     processor = AutoImageProcessor.from_pretrained(name)
     for key in ("image_mean", "image_std"):
         if isinstance(getattr(processor, key, None), (list, tuple)):
-            setattr(processor, key, _one_per_channel(getattr(processor, key), _channels(model, processor)))
+            setattr(processor, key, one_per_channel(getattr(processor, key), _channels(model, processor)))
     return model, processor
-
-
-def _describe_timm(config: Any, classes: list[str]) -> None:
-    """Make the config of a timm checkpoint tell of the model that it becomes: its classes and its input."""
-    import timm
-
-    # timm's own files give num_classes here too, and transformers passes it a second time.
-    config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-    config.label_names = classes
-    registered: Any = timm.get_pretrained_cfg(config.architecture)
-    about = getattr(config, "pretrained_cfg", None) or registered.to_dict()
-    stale = ("num_classes", "label_names", "label_descriptions", "label_offset")
-    about = {k: v for k, v in about.items() if k not in stale}
-    config.pretrained_cfg = {**_fit_input(about, config.model_args), "custom_load": False}
-    if hasattr(config, "label_descriptions"):
-        del config.label_descriptions
 
 
 def _new(architecture: str, arguments: dict[str, Any], image_size: int | None, classes: list[str]) -> tuple[Any, Any]:
@@ -301,7 +293,7 @@ def _new_timm(
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     registered: dict[str, Any] = timm.get_pretrained_cfg(architecture).to_dict()  # type: ignore[union-attr]
-    about = {key: registered[key] for key in _INPUT_KEYS if registered.get(key) is not None}
+    about = {key: registered[key] for key in INPUT_KEYS if registered.get(key) is not None}
     if image_size is not None:
         if arguments.get("img_size", image_size) not in (image_size, [image_size, image_size]):
             raise ValueError(f"image_size is {image_size} and img_size in model_args {arguments['img_size']}; give one")
@@ -312,47 +304,12 @@ def _new_timm(
         native = timm.create_model(architecture, num_classes=len(classes), **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model_args: timm cannot build {architecture} with {arguments}: {error}") from error
-    fields: dict[str, Any] = {"pretrained_cfg": _fit_input(about, arguments), **_label_maps(classes)}
+    fields: dict[str, Any] = {"pretrained_cfg": fit_input(about, arguments), **_label_maps(classes)}
     config = TimmWrapperConfig(architecture=architecture, model_args=arguments, **fields)
     model: Any = TimmWrapperForImageClassification(config)
     # The wrapper draws every layer anew from a normal of 0.02; a net starts from the values that its authors chose.
     model.timm_model.load_state_dict(native.state_dict())
-    return _with_native_names(model), _timm_processor(config)
-
-
-def _fit_input(about: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """timm's facts of a model, with the channels and the image size that arguments of the model set."""
-    channels, *size = about.get("input_size") or (3, 224, 224)
-    channels = arguments.get("in_chans") or channels
-    if arguments.get("img_size") is not None:
-        given = arguments["img_size"]
-        size = [given, given] if isinstance(given, int) else list(given)
-    about = {**about, "input_size": (channels, *size)}
-    for key in ("mean", "std"):
-        if about.get(key):
-            about[key] = _one_per_channel(about[key], channels)
-    for key in ("test_input_size", "min_input_size"):
-        if about.get(key):
-            about[key] = (channels, *about[key][1:])
-    return about
-
-
-def _one_per_channel(values: Any, channels: int) -> list[float]:
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
-
-
-def _timm_processor(config: Any) -> Any:
-    from transformers import TimmWrapperImageProcessor
-
-    return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
-
-
-def _with_native_names(model: Any) -> Any:
-    """The model, to be saved under timm's own names, so that timm loads the checkpoint too."""
-    from transformers.core_model_loading import PrefixChange
-
-    model._weight_conversions = [PrefixChange(prefix_to_add="timm_model")]
-    return model
+    return with_native_names(model), timm_processor(config)
 
 
 def _channels(model: Any, processor: Any) -> int:
@@ -389,6 +346,13 @@ def _augmentation(name: str, processor: Any) -> Any:
     size = getattr(processor, "size", None) or {}
     side = size.get("height") or size.get("shortest_edge") or processor.data_config["input_size"][-1]
     return v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()])
+
+
+def _without_resizing(model: Any, processor: Any) -> Any:
+    """For images that are cut to size already: an evaluation transform would cut their frame off once more."""
+    if hasattr(processor, "data_config"):
+        return timm_processor(model.config, crop_pct=1.0)
+    return functools.partial(processor, do_resize=False, do_center_crop=False)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

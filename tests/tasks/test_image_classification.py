@@ -343,3 +343,21 @@ def test_accuracy():
         accuracy([1, 2], [1])
     with pytest.raises(ValueError, match="not empty"):
         accuracy([], [])
+
+
+@pytest.mark.parametrize("model", ["timm", "transformers"])
+def test_a_resized_crop_is_shown_whole(monkeypatch, model):
+    """The evaluation transform of timm's nets enlarges and cuts again, which would take the frame of every crop."""
+    from torchvision.transforms import v2
+
+    monkeypatch.setattr(v2, "RandomResizedCrop", lambda side: v2.Resize((side, side)))
+    monkeypatch.setattr(v2, "RandomHorizontalFlip", lambda: v2.Identity())
+    own = {"architecture": "resnet50.tv_in1k", "model_args": None, "image_size": None}
+    parts = prepare(tiny(augmentation="resized_crop_flip", **(own if model == "timm" else {"image_size": 64})))
+    side = 224 if model == "timm" else 64
+    image = parts["train_dataset"].with_format(None)[0]["image"].convert("RGB").resize((side, side), 2)
+    shown = parts["train_dataset"][0]["pixel_values"]
+    assert shown.shape == (3, side, side)
+    # Up to the normalisation of each channel, every pixel is there, the frame too.
+    for channel, pixels in zip(shown.numpy(), np.asarray(image, dtype="float32").transpose(2, 0, 1), strict=True):
+        assert np.corrcoef(channel.ravel(), pixels.ravel())[0, 1] > 0.995
