@@ -56,6 +56,9 @@ def train(argv: Sequence[str]) -> None:
     if run.args.variants:
         printer = VariantPrinter(trainer.is_world_process_zero())
         printer.finish(trainer.build_family(recipe=run.recipe, task=run.task_name, progress=printer))
+    # A process that exits while another still waits for it makes that one abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def parse(argv: Sequence[str]) -> Run:
