@@ -221,7 +221,8 @@ class CrAM(torch.optim.Optimizer):
 class _Ascent:
     """One excursion to the compressed weights, and back with the combined gradient.
 
-    Memory beyond the plain step, only inside the block: one copy of the weights, a byte for each weight of a target.
+    Memory beyond the plain step: one copy of the weights, kept from step to step, and inside the block a byte for each
+    weight of a target.
     """
 
     def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
