@@ -27,7 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress.methods.cram import CrAM
 
-ROUNDS = 15
+ROUNDS = 25
 
 
 def main() -> None:
