@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from .distributed import run_on_main
 from .family import Family, Variant, build_family
 from .patterns import Pattern, parse_patterns
 from .targets import find_targets
@@ -65,6 +66,8 @@ class CompressionArguments(TrainingArguments):
         super().__post_init__()
         if self.variants is not None:
             self.variants = list(map(str, parse_patterns(self.variants)))
+        if self.push_to_hub and self.hub_revision is not None:
+            raise ValueError("hub_revision does not apply: a family has a revision for each variant; leave it out")
         if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
 
@@ -79,15 +82,22 @@ class CompressionMixin(_TrainerBase):
     optimizer: Any
     train_dataset: Any
     _loss_scaling_is_unknown = True
+    _family: Family | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if given is not None:  # the Trainer would stumble over its first missing field
+            self._check_kind(given)
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} takes a {self.config_class.__name__} as `args`, "
-                f"got {type(self.args).__name__}; every field of TrainingArguments is a field of it"
-            )
+        self._check_kind(self.args)
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
+
+    def _check_kind(self, args: Any) -> None:
+        if not isinstance(args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__} as `args`, got {type(args).__name__}; "
+                "every field of TrainingArguments is a field of it, and HfCompressConfig is for from_pretrained"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; a checkpoint whose save was interrupted is passed over for the last whole one.
@@ -175,7 +185,7 @@ class CompressionMixin(_TrainerBase):
         if not patterns:
             raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
         with _generators_kept():
-            return build_family(
+            self._family = build_family(
                 self._whole_model(),
                 patterns,
                 evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
@@ -190,6 +200,56 @@ class CompressionMixin(_TrainerBase):
                 exclude=self.args.exclude,
                 progress=progress,
             )
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self._family
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the family that was built last (of `args.variants`, if none was), instead of a bare checkpoint.
+
+        `build_family` does it when `args.push_to_hub` is set; checkpoints in between are not sent, whatever
+        `hub_strategy` says.
+
+        Args:
+            commit_message: of every commit.
+            blocking: the family is there when this returns, also with False.
+            token: with write access, `args.hub_token` by default.
+            revision: only None: every variant has its own.
+            private: of a new repository, `args.hub_private_repo` by default.
+            **kwargs: fields of the stock card, which are not looked at: ours is rendered from the manifest.
+
+        Returns:
+            Where it is, and the commit of each revision (None where nothing had changed).
+
+        Raises:
+            ValueError: with a revision, or without a family and without patterns to cut one.
+        """
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: every variant has its own revision; leave it out")
+        family = self._family or self.build_family()
+        return run_on_main(
+            lambda: family.push_to_hub(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                private=self.args.hub_private_repo if private is None else private,
+                token=token or self.args.hub_token,
+                commit_message=commit_message,
+            )
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; nothing is pushed here, the family is published once at the end."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        pass  # a checkpoint on main beside a family would be loaded in its place
 
     def _whole_model(self) -> Any:
         """The model without wrappers; under FSDP a copy with the weights gathered, which rank 0 alone has."""
@@ -257,14 +317,15 @@ class CompressionMixin(_TrainerBase):
 
 def changed_arguments(args: Any) -> dict[str, Any]:
     """The fields of a dataclass of arguments that differ from their defaults, as JSON, without paths and secrets."""
-    left_out = {"output_dir", "hub_token", "resume_from_checkpoint", "use_cpu"}
+    left_out = {"output_dir", "resume_from_checkpoint", "use_cpu", "push_to_hub"}
     changed = {}
     for f in fields(args):
         value, default = getattr(args, f.name), f.default if f.default_factory is MISSING else f.default_factory()
         if isinstance(value, Enum):
             value = value.value
         is_plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
-        if f.init and f.name not in left_out and is_plain and value != default:
+        is_left_out = f.name in left_out or f.name.startswith("hub_")
+        if f.init and not is_left_out and is_plain and value != default:
             changed[f.name] = value
     return changed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..family import Family, Variant
-from ..family.plots import main_metric
+from ..family.table import main_metric, table_rows
 
 
 class VariantPrinter:
@@ -20,6 +20,11 @@ class VariantPrinter:
             metric = main_metric(variant.metrics)
             value = f", {metric} {variant.metrics[metric]:.4f}" if metric else ""
             print(f"saved {variant.path}: {100 * variant.sparsity:.1f} % zeros{value}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self.is_talking:
+            print(text, flush=True)
 
     def finish(self, family: Family) -> None:
         """The table, and where everything lies."""
@@ -38,35 +43,11 @@ class VariantPrinter:
 
 def render(family: Family) -> str:
     """The table of a family: a row a checkpoint, numbers as they stand in the manifest."""
-    metric = main_metric(family.dense.metrics)
-    header = ["variant", "zeros", *([metric, "vs dense"] if metric else []), "disk", "zipped", "latency"]
-    rows = [header]
-    for variant in (family.dense, *family.variants):
-        row = [variant.pattern or "dense", f"{100 * variant.sparsity:.1f} %"]
-        if metric:
-            value, dense = variant.metrics.get(metric), family.dense.metrics[metric]
-            if value is None or dense is None:
-                row += ["nan", ""]
-            else:
-                row += [f"{value:.4f}", f"{value - dense:+.4f}" if variant.pattern else ""]
-        latency = variant.latency
-        time = "-" if latency is None else f"{latency['milliseconds'] / latency['dense_milliseconds']:.2f} x"
-        if latency and variant.pattern is None:
-            time = f"{latency['milliseconds']:.2f} ms"
-        rows.append([*row, _size(variant.bytes), _size(variant.compressed_bytes), time])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    rows = table_rows(family)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _relative(path: Path) -> str:

@@ -44,6 +44,8 @@ def train(argv: Sequence[str]) -> None:
         print(_usage())
         return
     run = parse(argv)
+    if run.args.push_to_hub and not run.args.variants:
+        raise ValueError("--push_to_hub publishes the family: say with --variants which patterns to cut, such as 2:4")
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
     trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
@@ -56,6 +58,8 @@ def train(argv: Sequence[str]) -> None:
     if run.args.variants:
         printer = VariantPrinter(trainer.is_world_process_zero())
         printer.finish(trainer.build_family(recipe=run.recipe, task=run.task_name, progress=printer))
+        if run.args.push_to_hub:  # build_family has sent everything; this finds that it is there
+            printer.say(f"published {trainer.push_to_hub().url}")
     # A process that exits while another still waits for it makes that one abort.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -21,9 +21,10 @@ from ..distributed import is_main_process, run_on_main
 from ..oneshot import CompressionReport, compress
 from ..patterns import Pattern, Unstructured, parse_patterns
 from ..targets import unwrap
+from .family import Family, load_family
 from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
-from .manifest import Family, commit_folder, load_family, start_folder, write_manifest
+from .manifest import Manifest, commit_folder, start_folder, write_manifest
 from .plots import plot_family
 from .storage import count_scales, load_model, save_model
 from .variant import Variant
@@ -100,8 +101,8 @@ def build_family(
                     progress(checkpoints[-1])
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         dense, variants = checkpoints[0], tuple(checkpoints[1:])
-        family = Family(partial, method, task, base_model, dense, variants, recipe or {}, _versions(), files={})
-        run_on_main(lambda: _finish(family, target))
+        manifest = Manifest(partial, method, task, base_model, dense, variants, recipe or {}, _versions(), files={})
+        run_on_main(lambda: _finish(manifest, target))
     except BaseException:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,10 +215,10 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _finish(family: Family, target: Path) -> None:
-    plot_family(family, family.folder / "plots" / "sparsity")
-    write_manifest(family)
-    commit_folder(family.folder, target)
+def _finish(manifest: Manifest, target: Path) -> None:
+    plot_family(manifest, manifest.folder / "plots" / "sparsity")
+    write_manifest(manifest)
+    commit_folder(manifest.folder, target)
 
 
 def _distinct(patterns: Sequence[str | Pattern]) -> list[Pattern]:

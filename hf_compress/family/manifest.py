@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from types import UnionType
@@ -20,8 +21,8 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Family:
-    """The dense checkpoint, its variants, and how they came to be.
+class Manifest:
+    """What family.json says: the dense checkpoint, its variants, and how they came to be.
 
     Attributes:
         folder: where it lies.
@@ -52,18 +53,23 @@ class Family:
                 return variant
         raise KeyError(f"no variant {str(pattern)!r}; there are: {', '.join(str(v.pattern) for v in self.variants)}")
 
-    def path_to(self, variant: str | Pattern | Variant) -> Path:
-        """The folder of a variant, which `from_pretrained` takes."""
-        return self.folder / (variant if isinstance(variant, Variant) else self[variant]).path
+    @property
+    def checkpoints(self) -> tuple[Variant, ...]:
+        """The dense one and the variants."""
+        return (self.dense, *self.variants)
+
+    def files_of(self, variant: Variant) -> dict[str, str]:
+        """Path inside the checkpoint's folder to SHA-256."""
+        inside = f"{variant.path}/"
+        return {name.removeprefix(inside): h for name, h in self.files.items() if name.startswith(inside)}
 
 
-def load_family(folder: str | Path) -> Family:
-    """Read a family from its folder and verify every file.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a family; the files that it names are not looked at.
 
     Raises:
-        ValueError: if there is no manifest, it cannot be understood, or a file is missing or differs from its hash.
+        ValueError: if there is none, or it cannot be understood.
     """
-    folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} holds no {MANIFEST}, so it is no family or was never finished; "
@@ -71,25 +77,28 @@ def load_family(folder: str | Path) -> Family:
         )
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        family = _parse(folder, content)
+        return _parse(folder, content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is no manifest of a family that this version reads: {error}") from error
-    for name, digest in family.files.items():
+
+
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """ValueError if a file is missing in a folder, or differs from its SHA-256."""
+    for name, digest in files.items():
         path = folder / name
         if not path.is_file() or sha256(path) != digest:
             problem = "differs from its hash" if path.is_file() else "is missing"
             raise ValueError(f"{name} {problem}: {folder} is incomplete or was edited; build or download it again")
-    return family
 
 
-def write_manifest(family: Family) -> None:
+def write_manifest(manifest: Manifest) -> None:
     """Hash all files of the folder and write the manifest beside them."""
-    content = asdict(family)
+    content = asdict(manifest)
     del content["folder"]
-    files = sorted(p for p in family.folder.rglob("*") if p.is_file())
-    content["files"] = {p.relative_to(family.folder).as_posix(): sha256(p) for p in files}
+    files = sorted(p for p in manifest.folder.rglob("*") if p.is_file())
+    content["files"] = {p.relative_to(manifest.folder).as_posix(): sha256(p) for p in files}
     text = json.dumps({"schema": SCHEMA, **content}, indent=2) + "\n"
-    (family.folder / MANIFEST).write_text(text, encoding="utf-8")
+    (manifest.folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def start_folder(target: Path) -> Path:
@@ -145,21 +154,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(folder: Path, content: Any) -> Family:
+def _parse(folder: Path, content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
     variants = content.get("variants")
     if not isinstance(variants, list):
         raise ValueError("variants is no list")
     own = {"folder": folder, "dense": _typed(Variant, content.get("dense")), "variants": ()}
-    family = _typed(Family, {**content, **own, "variants": tuple(_typed(Variant, v) for v in variants)})
-    for name in family.files:
+    manifest = _typed(Manifest, {**content, **own, "variants": tuple(_typed(Variant, v) for v in variants)})
+    for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & {"\\", "\0"}:
             raise ValueError(f"{name!r} is not inside the folder")
-    for variant in (family.dense, *family.variants):
-        if not any(name.startswith(f"{variant.path}/") for name in family.files):
+    for variant in manifest.checkpoints:
+        if not manifest.files_of(variant):
             raise ValueError(f"{variant.path!r} is not inside the folder, or holds no file")
-    return family
+    return manifest
 
 
 def _typed(kind: type[_T], content: Any) -> _T:

@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .manifest import Family
+from .manifest import Manifest
+from .table import main_metric
 from .variant import Variant
 
 _INK, _QUIET, _LINE, _POINT = "#1a1a1a", "#8a8a8a", "#2a6fbb", "#d1603d"
 
 
-def main_metric(metrics: dict[str, float | None]) -> str | None:
-    """The metric that a checkpoint is judged by: the first that is a number and neither loss nor timing."""
-    timing = ("loss", "runtime", "samples_per_second", "steps_per_second")
-    return next((name for name, value in metrics.items() if value is not None and not name.endswith(timing)), None)
-
-
-def plot_family(family: Family, stem: Path) -> list[Path]:
+def plot_family(family: Manifest, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg.
 
     Returns:
@@ -41,7 +36,7 @@ def plot_family(family: Family, stem: Path) -> list[Path]:
     return paths
 
 
-def _draw(axes: Any, family: Family, variants: list[Variant], metric: str) -> None:
+def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> None:
     dense = family.dense.metrics[metric]
     curve = sorted((v for v in variants if v.revision.startswith("unstructured")), key=lambda v: v.sparsity)
     others = [v for v in variants if v not in curve]

@@ -31,6 +31,7 @@ ORDER = [
     ("methods.*.priors", 4),
     ("family.variant", 5),
     ("family.manifest", 5),
+    ("family.table", 5),
     ("hub", 5),
     ("family", 6),
     ("training", 7),

@@ -1,0 +1,93 @@
+"""A family as users hold it: read from a folder or from the Hub, and published there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..hub import Publication, fetch_checkpoint, fetch_manifest, is_repo_id, publish
+from ..patterns import Pattern
+from .manifest import Manifest, read_manifest, verify_files
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class Family(Manifest):
+    """The dense checkpoint, its variants, and what each of them measures.
+
+    Attributes:
+        repo_id: of the Hub repository that it was read from, None for a folder. `folder` then holds its manifest, card
+            and plots; checkpoints are downloaded when `path_to` is asked for them.
+    """
+
+    repo_id: str | None = None
+
+    def path_to(self, variant: str | Pattern | Variant, token: str | bool | None = None) -> Path:
+        """The folder of a variant, which `from_pretrained` takes.
+
+        Args:
+            variant: such as "2:4", "nm-2of4", or `family.dense`.
+            token: for a private repository, the one of `hf auth login` by default.
+
+        Raises:
+            KeyError: if there is no such variant.
+            ValueError: if the files on the Hub are not those of the manifest.
+        """
+        chosen = variant if isinstance(variant, Variant) else self[variant]
+        if self.repo_id is None:
+            return self.folder / chosen.path
+        return fetch_checkpoint(self, chosen, self.repo_id, token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> Publication:
+        """Publish the family: each variant on a revision of its own, the dense checkpoint, manifest and card on main.
+
+        Files that the Hub has already are not sent, and a revision of which all files are there gets no commit. Main
+        comes last, so that its manifest never names what is not there; a push that was cut off is completed by the
+        next one.
+
+        Args:
+            repo_id: "name" or "user/name"; made if it is not there.
+            private: of a new repository.
+            token: with write access, the one of `hf auth login` by default.
+            commit_message: of every commit.
+
+        Returns:
+            Where it is, and the commit of each revision (None where nothing had changed).
+
+        Raises:
+            ValueError: if a file differs from its hash, the repository holds something else than a family, or this
+                family was itself read from the Hub.
+            OSError: if the Hub refuses or cannot be reached.
+        """
+        if self.repo_id is not None:
+            raise ValueError(f"this family lies on the Hub already, in {self.repo_id}; duplicate that repository there")
+        verify_files(self.folder, self.files)
+        return publish(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+
+def load_family(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Family:
+    """Read a family from its folder, where every file is verified, or from the Hub.
+
+    Args:
+        name: a folder, or the id of a repository.
+        revision: of the repository: a tag or a commit, the newest by default.
+        token: for a private repository, the one of `hf auth login` by default.
+
+    Raises:
+        ValueError: if there is no manifest, it cannot be understood, or a file is missing or differs from its hash.
+        OSError: if the Hub refuses or cannot be reached.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and is_repo_id(str(name)):
+        manifest = fetch_manifest(str(name), revision, token)
+        return Family(**vars(manifest), repo_id=str(name))
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest.files)
+    return Family(**vars(manifest))

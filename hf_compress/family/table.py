@@ -1,0 +1,43 @@
+"""The table of a family, for terminals and cards: a row a checkpoint, numbers as they stand in the manifest."""
+
+from __future__ import annotations
+
+from .manifest import Manifest
+from .variant import Variant
+
+
+def main_metric(metrics: dict[str, float | None]) -> str | None:
+    """The metric that a checkpoint is judged by: the first that is a number and neither loss nor timing."""
+    timing = ("loss", "runtime", "samples_per_second", "steps_per_second")
+    return next((name for name, value in metrics.items() if value is not None and not name.endswith(timing)), None)
+
+
+def table_rows(manifest: Manifest) -> list[list[str]]:
+    """The header, the dense checkpoint, the variants; the first column is text, the others are numbers."""
+    metric = main_metric(manifest.dense.metrics)
+    header = ["variant", "zeros", *([metric, "vs dense"] if metric else []), "disk", "zipped", "latency"]
+    return [header, *(_row(variant, manifest.dense, metric) for variant in manifest.checkpoints)]
+
+
+def _row(variant: Variant, dense: Variant, metric: str | None) -> list[str]:
+    row = [variant.pattern or "dense", f"{100 * variant.sparsity:.1f} %"]
+    if metric:
+        value, reference = variant.metrics.get(metric), dense.metrics[metric]
+        if value is None or reference is None:
+            row += ["nan", ""]
+        else:
+            row += [f"{value:.4f}", f"{value - reference:+.4f}" if variant.pattern else ""]
+    latency = variant.latency
+    time = "-" if latency is None else f"{latency['milliseconds'] / latency['dense_milliseconds']:.2f} x"
+    if latency and variant.pattern is None:
+        time = f"{latency['milliseconds']:.2f} ms"
+    return [*row, _size(variant.bytes), _size(variant.compressed_bytes), time]
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

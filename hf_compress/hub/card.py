@@ -1,0 +1,162 @@
+"""Model cards, rendered from the manifest: every number on them was measured, every snippet is run by a test."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..family.manifest import Manifest
+from ..family.table import main_metric, table_rows
+from ..family.variant import Variant
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+# How a card says what the training did, for the methods that there are; None did nothing.
+_METHODS = {
+    "cram": "CrAM (compression-aware minimizer): every step adds a second gradient, taken at compressed weights, so "
+    "that accuracy survives one-shot pruning",
+}
+_EMBEDDED_DATA = ("digits",)
+
+
+def render_card(manifest: Manifest, repo_id: str) -> str:
+    """The card of a family, in Markdown with metadata on top.
+
+    Args:
+        manifest: of the family; its folder holds the dense checkpoint.
+        repo_id: where it is, or will be, published.
+    """
+    metric = main_metric(manifest.dense.metrics)
+    header, *rows = table_rows(manifest)
+    cells = [[*header, "revision"]]
+    cells += [[*row, f"`{v.revision}`"] for row, v in zip(rows, manifest.checkpoints, strict=True)]
+    best = _best_variant(manifest, metric)
+    card = ModelCard.from_template(
+        _card_data(manifest, repo_id, metric),
+        template_path=str(_TEMPLATES / "family.md"),
+        repo_id=repo_id,
+        title=repo_id.split("/")[-1],
+        manifest=manifest,
+        training=_METHODS.get(manifest.method),
+        table=_markdown_table(cells),
+        plot=next((name for name in manifest.files if name == "plots/sparsity.png"), None),
+        metric=metric,
+        model_class=_model_class(manifest),
+        example=best,
+        slider_pattern="unstructured:0.6",
+        needs_us=[v for v in manifest.checkpoints if v.loads_with != "transformers"],
+        stored_int8=[v for v in manifest.variants if v.storage == "int8"],
+        skipped=[v for v in manifest.variants if v.skipped],
+        citation=_citation(manifest.method),
+    )
+    return str(card)
+
+
+def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str) -> str:
+    """The page of one revision: its own row beside the dense one, and where the family is."""
+    rows = table_rows(manifest)
+    own = rows[1 + manifest.checkpoints.index(variant)]
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=_tags(manifest), pipeline_tag=manifest.task),
+        template_path=str(_TEMPLATES / "variant.md"),
+        repo_id=repo_id,
+        variant=variant,
+        table=_markdown_table([rows[0], rows[1], own]),
+        model_class=_model_class(manifest),
+    )
+    return str(card)
+
+
+def render_recipe(manifest: Manifest) -> str:
+    """The recipe of the training, as `hf-compress train` takes it."""
+    return yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True)
+
+
+def _card_data(manifest: Manifest, repo_id: str, metric: str | None) -> ModelCardData:
+    data = manifest.recipe.get("dataset_name")
+    dataset = data if isinstance(data, str) and _is_hub_name(data) and data not in _EMBEDDED_DATA else None
+    results = []
+    if metric is not None:
+        for variant in manifest.checkpoints:
+            if (value := variant.metrics.get(metric)) is not None:
+                results.append(_result(manifest, variant, metric, value, str(data or "unknown")))
+    return ModelCardData(
+        base_model=manifest.base_model if _is_hub_name(manifest.base_model) else None,
+        datasets=dataset,
+        library_name="transformers",
+        pipeline_tag=manifest.task,
+        tags=_tags(manifest),
+        metrics=[metric] if metric else None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _result(manifest: Manifest, variant: Variant, metric: str, value: float, dataset: str) -> EvalResult:
+    return EvalResult(
+        task_type=manifest.task or "other",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_value=round(value, 6),
+        metric_name=metric if variant.pattern is None else f"{metric}, {variant.pattern} (revision {variant.revision})",
+    )
+
+
+def _tags(manifest: Manifest) -> list[str]:
+    own = [manifest.method] if manifest.method in _METHODS else []
+    parts = [part for v in manifest.variants for part in str(v.pattern).split("+")]
+    kinds = {"quantization" if part.startswith("int") else "sparsity" for part in parts}
+    timm = ["timm"] if _config(manifest).get("model_type") == "timm_wrapper" else []
+    return ["hf_compress", "compression-aware", *own, *sorted(kinds), *timm]
+
+
+def _model_class(manifest: Manifest) -> str:
+    """The class of transformers that loads the checkpoints."""
+    architecture = (_config(manifest).get("architectures") or ["AutoModel"])[0]
+    return _AUTO_CLASSES.get(manifest.task or "", architecture)
+
+
+def _config(manifest: Manifest) -> dict[str, Any]:
+    path = manifest.folder / manifest.dense.path / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # What timm wrote, or an older transformers, names no class.
+    if config.get("model_type") == "timm_wrapper":
+        config["architectures"] = ["TimmWrapperForImageClassification"]
+    return config
+
+
+def _best_variant(manifest: Manifest, metric: str | None) -> Variant | None:
+    """The one to try first: the most zeros at a loss of at most one hundredth of the metric."""
+    reference = manifest.dense.metrics.get(metric) if metric else None
+    good = [v for v in manifest.variants if reference is not None and _keeps(v, metric, reference)]
+    return max(good or manifest.variants, key=lambda v: v.sparsity, default=None)
+
+
+def _keeps(variant: Variant, metric: str | None, reference: float) -> bool:
+    value = variant.metrics.get(metric or "")
+    return value is not None and value >= reference - 0.01 * abs(reference)
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    columns = ["---"] + ["---:" if column != "revision" else "---" for column in rows[0][1:]]
+    return "\n".join([lines[0], "| " + " | ".join(columns) + " |", *lines[1:]])
+
+
+def _is_hub_name(name: str | None) -> bool:
+    return name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def _citation(method: str) -> str:
+    path = _TEMPLATES / f"{method}.bib"
+    return path.read_text(encoding="utf-8").strip() if method in _METHODS else ""

@@ -1,0 +1,93 @@
+"""Cards: numbers of the manifest, snippets that run, metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hf_compress as hfc
+from hf_compress.hub.card import render_card, render_variant_card
+from tests.conftest import tiny_bert, tiny_resnet
+from tests.hub.conftest import run_python
+
+
+def blocks(card, kind="python"):
+    return re.findall(rf"^```{kind}\n(.*?)^```", card, re.M | re.S)
+
+
+def test_every_python_block_of_the_cards_runs(here, family, tmp_path):
+    family.push_to_hub("six")
+    repo = here.repos["tester/six"]
+    cards = [repo.files(revision)["README.md"].decode() for revision in ("main", "nm-2of4", "int8")]
+    found = [block for card in cards for block in blocks(card)]
+    assert len(blocks(cards[0])) == 3
+    assert len(found) == 5
+    # One process for all: each block imports what it needs itself, but for the names that Python keeps.
+    code = "\n".join(f"exec({block!r}, {{}})" for block in found)
+    output = run_python(code, here.environment(tmp_path / "home"))
+    assert output.count("{'accuracy': ") == len(family.variants)
+    assert "unstructured-0.90" in cards[0]
+
+
+def test_the_table_has_every_number_of_the_manifest(family):
+    card = render_card(family, "me/six")
+    for variant in (family.dense, *family.variants):
+        (row,) = re.findall(rf"^\| {re.escape(variant.pattern or 'dense')} \|.*$", card, re.M)
+        assert f"{variant.metrics['accuracy']:.4f}" in row
+        assert f"{100 * variant.sparsity:.1f} %" in row
+        assert f"`{variant.revision}`" in row
+    assert "![accuracy over sparsity](plots/sparsity.png)" in card
+
+
+def test_metadata_can_be_read_back(family):
+    data = ModelCard(render_card(family, "me/six")).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-classification"
+    assert {"hf_compress", "cram", "sparsity", "quantization"} <= set(data.tags)
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert values["accuracy"] == pytest.approx(family.dense.metrics["accuracy"], abs=1e-6)
+    assert len(values) == 6
+    assert data.base_model is None
+    assert ModelCard(render_variant_card(family, family["2:4"], "me/six")).data.pipeline_tag == "text-classification"
+
+
+def test_a_card_claims_nothing_that_was_not_measured(tmp_path):
+    family = hfc.build_family(tiny_bert(), ["unstructured:0.9", "3:5"], None, None, tmp_path / "family")
+    card = render_card(family, "me/bare")
+    assert "Nothing was evaluated" in card
+    assert "Not trained for compression" in card
+    assert "recipe.yaml" not in card
+    assert "Citation" not in card
+    assert "sparsity.png" not in card
+    assert "model-index" not in card
+    assert re.search(r"`nm-3of5` left \d+ weights dense: its reduction axis of 16 is no multiple of 5", card)
+
+
+def test_a_trained_family_says_how_and_cites_the_paper(family):
+    card = render_card(family, "me/six")
+    assert "Trained with CrAM" in card
+    (entry,) = blocks(card, "bibtex")
+    assert "CrAM" in entry
+    assert "2207.14200" in entry
+    assert "`int8`, `nm-2of4_int8`) need `pip install compressed-tensors`" in card
+
+
+def test_a_model_name_that_is_markup_stays_text(tmp_path):
+    family = hfc.build_family(tiny_resnet(), ["2:4"], lambda m: {"top|1": 0.5}, None, tmp_path / "family")
+    card = render_card(family, "me/x")
+    (header,) = re.findall(r"^\| variant \|.*$", card, re.M)
+    assert r"top\|1" in header
+
+
+@pytest.mark.parametrize("place", ["out/model", "resnet"])
+def test_a_local_base_model_is_no_link(tmp_path, monkeypatch, place):
+    from dataclasses import replace
+
+    monkeypatch.chdir(tmp_path)
+    family = hfc.build_family(tiny_resnet(), ["2:4"], None, None, tmp_path / "family")
+    named = replace(family, base_model=place)
+    assert ModelCard(render_card(named, "me/x")).data.base_model == place
+    (tmp_path / place).mkdir(parents=True)
+    assert ModelCard(render_card(named, "me/x")).data.base_model is None
