@@ -5,11 +5,13 @@ Sharded means a DTensor with its rows dealt to the ranks (`Shard(0)`), as FSDP2 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
@@ -91,16 +93,34 @@ def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
 
 def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all tensors together, in float64, equal on all ranks; no wait for the device."""
+    tensors = list(tensors)
+    squares = [torch.linalg.vector_norm(local(t), dtype=torch.float64).square() for t in tensors]
+    return sum_over_shards(squares, tensors).sqrt()
+
+
+def sum_over_shards(values: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of values that each describe the part of a tensor on this rank, equal on all ranks.
+
+    Args:
+        values: of one shape and type, one for each tensor.
+        tensors: plain ones count once, sharded ones on every rank that holds a part.
+    """
     shared: dict[dist.ProcessGroup | None, torch.Tensor] = {}
-    for tensor in tensors:
-        square = torch.linalg.vector_norm(local(tensor), dtype=torch.float64).square()
+    for value, tensor in zip(values, tensors, strict=True):
         group = shard_group(tensor)
-        shared[group] = shared[group] + square.to(shared[group].device) if group in shared else square
-    for group, square in shared.items():
+        shared[group] = shared[group] + value.to(shared[group].device) if group in shared else value
+    for group, value in shared.items():
         if group is not None:
-            dist.all_reduce(square, group=group)
+            dist.all_reduce(value, group=group)
     first = next(iter(shared.values()))
-    return torch.stack([square.to(first.device) for square in shared.values()]).sum().sqrt()
+    return torch.stack([value.to(first.device) for value in shared.values()]).sum(0)
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget gathered copies of sharded weights, which an edit in place would leave stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_distributed() -> bool:

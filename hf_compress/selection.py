@@ -57,6 +57,22 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     return masks
 
 
+def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
+    """The k-th largest magnitude (k counts from 1) of all entries, as a 0-dim tensor, equal on all ranks.
+
+    NaN has no order: it gives NaN, or counts as larger than everything else. No wait for the device.
+    """
+    total = sum(w.numel() for w in weights)
+    if any(map(is_sharded, weights)):
+        return _kth_of_shards(weights, total - k + 1)
+    if any(w.device.type != "cpu" for w in weights):
+        return kth_smallest_magnitude(weights, total - k + 1)
+    try:
+        return kth_smallest_magnitude(weights, total - k + 1)
+    except ValueError:  # a NaN
+        return torch.tensor(torch.nan, dtype=weights[0].dtype)
+
+
 def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     """The k-th smallest magnitude (k counts from 1) of all entries, as a 0-dim tensor; no wait for the device."""
     if all(w.device.type == "cpu" for w in weights):
@@ -165,10 +181,26 @@ def _keep_last_ties(
 
 
 def _keep_largest_sharded(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
-    """Two histograms of the bits of |w| find the threshold of every group exactly, a third collective orders the ties.
+    """The thresholds of every group take two collectives, a third one orders the ties."""
+    return _masks_of_shards(groups, *_thresholds_of_shards(groups))
+
+
+def _kth_of_shards(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
+    bits, *_ = _thresholds_of_shards([(weights, k)])
+    return bits[0].to(torch.int32).view(torch.float32)
+
+
+def _thresholds_of_shards(
+    groups: Sequence[Group],
+) -> tuple[torch.Tensor, torch.Tensor, dist.ProcessGroup, Sequence[bool]]:
+    """Two histograms of the bits of |w| find the threshold of every group exactly.
 
     Bit patterns of floats of one sign are ordered as the floats are: the upper 15 bits choose a bucket, the lower 16
     the value inside. Nothing of the size of a weight is sent.
+
+    Returns:
+        Bits of the largest magnitude that is pruned of each group, how many that tie with it are pruned, the ranks that
+        share the weights, and for each weight whether it is counted here.
     """
     flat = [(g, w) for g, (weights, _) in enumerate(groups) for w in weights]
     process_group = next(group for _, w in flat if (group := shard_group(w)) is not None)
@@ -187,8 +219,7 @@ def _keep_largest_sharded(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
             lower[g].scatter_add_(0, bits & 0xFFFF, (bits >> 16 == bucket[g]).long())
     dist.all_reduce(lower, group=process_group)
     value, pruned_ties = _bin_of(lower, wanted)
-    thresholds = (bucket << 16) | value
-    return _masks_of_shards(groups, thresholds, pruned_ties, process_group, counts_here)
+    return (bucket << 16) | value, pruned_ties, process_group, counts_here
 
 
 def _bin_of(histograms: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 
-from ...distributed import is_distributed, is_sharded, local, total_norm
+from ...distributed import is_distributed, is_sharded, local, reshard, total_norm
 from ...patterns import Pattern, parse_patterns
 from ...patterns.masking import add_masked_, masked
 from ...targets import Target, find_targets, unwrap
@@ -369,13 +368,6 @@ def check_options(plus_reduction: str, every: int) -> None:
         raise ValueError(f"plus_reduction must be 'sum' or 'mean', got {plus_reduction!r}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-
-
-def reshard(model: nn.Module) -> None:
-    """Forget gathered copies of sharded weights, which an edit in place would leave stale."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Tensor) -> None:
