@@ -18,8 +18,10 @@ _PUBLIC = {
     "targets": ("Target", "find_targets"),
     "calibration": ("recalibrate_batch_norm",),
     "oneshot": ("CompressionReport", "LayerReport", "compress"),
+    "loading": ("HfCompressConfig",),
     "family": ("Family", "Variant", "build_family", "load_family"),
     "training": ("CompressionArguments", "CompressionMixin"),
+    "callbacks": ("GradualPruning", "SparsityLock", "merge_lora"),
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
@@ -28,10 +30,14 @@ __all__ = ["__version__", *sorted(_ROOM_OF)]
 
 if TYPE_CHECKING:
     from .calibration import recalibrate_batch_norm as recalibrate_batch_norm
+    from .callbacks import GradualPruning as GradualPruning
+    from .callbacks import SparsityLock as SparsityLock
+    from .callbacks import merge_lora as merge_lora
     from .family import Family as Family
     from .family import Variant as Variant
     from .family import build_family as build_family
     from .family import load_family as load_family
+    from .loading import HfCompressConfig as HfCompressConfig
     from .methods.cram import CrAM as CrAM
     from .methods.cram import CrAMConfig as CrAMConfig
     from .methods.cram import CrAMMixin as CrAMMixin
@@ -66,3 +72,8 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("timm.models")
 def _register_models(_: Any) -> None:
     importlib.import_module(".models", __name__)
+
+
+@wrapt.when_imported("transformers.quantizers")
+def _register_loader(_: Any) -> None:
+    importlib.import_module(".loading", __name__)

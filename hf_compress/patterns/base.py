@@ -6,6 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -63,6 +64,28 @@ class Pattern(ABC):
     def skip_reason(self, target: Target) -> str | None:
         """Why this pattern leaves a weight dense, None if it does not."""
         return None
+
+    def partway(self, progress: float) -> Pattern | None:
+        """The pattern on the way from dense weights to this one, for schedules.
+
+        Args:
+            progress: share of the final removal in [0, 1], never going back: what one value prunes, a larger one does
+                too. 1 gives this pattern, 0 removes nothing.
+
+        Returns:
+            None where nothing is removed yet.
+
+        Raises:
+            ValueError: if `progress` lies outside, or for a pattern that removes no share of the weights (`int8`).
+        """
+        share = getattr(self, "share", None)
+        if share is None:
+            raise ValueError(
+                f"{self} cannot be reached little by little: it changes all values at once; call hfc.compress with it "
+                f"after the training, or prune and round in a chain such as 2:4+{self}"
+            )
+        pattern: Any = self
+        return replace(pattern, share=share * progress) if check_progress(progress) else None
 
     def masks(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Bool tensors by name, each of its weight's shape: True is kept. Weights that are skipped are all True.
@@ -127,6 +150,13 @@ def check_share(share: Any, forms: str) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
         raise ValueError(f"the share removed must be at least 0 and below 1, got {share!r}; allowed: {forms}")
     return float(share) + 0.0  # -0.0 becomes 0.0
+
+
+def check_progress(progress: float) -> float:
+    """`progress` if it lies in [0, 1]; ValueError otherwise."""
+    if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+        raise ValueError(f"progress is a share of the final removal in [0, 1], got {progress!r}")
+    return progress
 
 
 def format_share(share: float) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..targets import Target
-from .base import Pattern, parse_pattern
+from .base import Pattern, check_progress, parse_pattern
 from .quantized import Quantized
 
 _FORMS = '"A+B", such as 2:4+int8'
@@ -40,6 +40,14 @@ class Chain(Pattern):
     @property
     def revision(self) -> str:
         return "_".join(part.revision for part in self.parts)
+
+    def partway(self, progress: float) -> Pattern | None:
+        """As for every pattern: all parts are on their way, and rounding comes at the end, with a progress of 1."""
+        if check_progress(progress) == 1:
+            return self
+        steps = [part.partway(progress) for part in self.parts if not isinstance(part, Quantized)]
+        parts = tuple(step for step in steps if step is not None)
+        return Chain(parts) if len(parts) > 1 else next(iter(parts), None)
 
     def skip_reason(self, target: Target) -> str | None:
         reasons = [reason for part in self.parts if (reason := part.skip_reason(target))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from ..distributed import dealt_like, gathered, is_sharded, local, sharded_like
 from ..targets import Target
-from .base import Pattern
+from .base import Pattern, check_progress
 
 _FORMS = '"N:M" with 1 <= N < M, such as 2:4'
 
@@ -48,6 +49,11 @@ class NM(Pattern):
     @property
     def revision(self) -> str:
         return f"nm-{self.n}of{self.m}"
+
+    def partway(self, progress: float) -> NM | None:
+        """As for every pattern: floor(progress * (M - N)) weights of each group are removed."""
+        pruned = math.floor(check_progress(progress) * (self.m - self.n))
+        return NM(self.m - pruned, self.m) if pruned else None
 
     def skip_reason(self, target: Target) -> str | None:
         shape = tuple(target.parameter.shape)

@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from .base import Constraint, Oracle, Size, expected_norm
+from .base import Constraint, Oracle, Size
 from .elementwise import KSparsePolytope, KSupportBall, LpBall
 
 __all__ = ["Constraint", "KSparsePolytope", "KSupportBall", "LpBall", "Oracle", "Size", "parse_constraint"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ....distributed import local
+from ....distributed import local, sum_over_shards
 
 Tensors = Sequence[torch.Tensor]
 _SIZES = 'a positive number, "init:VALUE" or "weights:VALUE"'
@@ -44,7 +44,7 @@ class Oracle(ABC):
         """weight <- (1 - share) * weight + share * vertex, in place; `share` is 0 where the oracle is not valid."""
         part = local(weight)
         vertex = local(self.vertex(index))
-        if not part.device.type == "cpu":  # where looking would wait; 0 * NaN is no zero
+        if part.device.type != "cpu":  # where looking would wait; 0 * NaN is no zero
             vertex = torch.where(self.is_valid, vertex, 0)
         elif not self.is_valid:
             return
@@ -53,7 +53,7 @@ class Oracle(ABC):
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         """The squared Euclidean distance between weights and vertex, a 0-dim float64 tensor."""
         distances = [local(self.vertex(i)).to(local(w).dtype) - local(w) for i, w in enumerate(weights)]
-        return summed([torch.linalg.vector_norm(d, dtype=torch.float64).square() for d in distances], weights)
+        return sum_over_shards([torch.linalg.vector_norm(d, dtype=torch.float64).square() for d in distances], weights)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Constraint(ABC):
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
         """The Euclidean diameter for radius 1; it depends on shapes alone."""
 
-    def check(self, weights: Tensors) -> None:
+    def check(self, weights: Tensors) -> None:  # noqa: B027, most regions cover everything
         """ValueError if this region cannot cover such tensors, for a k that is too large for instance."""
 
     def lmo(self, directions: Tensors) -> list[torch.Tensor]:
@@ -156,7 +156,7 @@ class Constraint(ABC):
         if self.size.kind == "init":
             return math.sqrt(sum(expected_norm(w) ** 2 for w in weights))
         squares = [torch.linalg.vector_norm(local(w.detach()), dtype=torch.float64).square() for w in weights]
-        norm = math.sqrt(float(summed(squares, weights)))
+        norm = math.sqrt(float(sum_over_shards(squares, weights)))
         if not 0 < norm < math.inf:
             raise ValueError(
                 f"radius={self.size.kind}:{self.size.value} is a multiple of the norm of the weights, which is {norm}; "
@@ -203,13 +203,6 @@ def expected_norm(weight: torch.Tensor) -> float:
     a norm layer, which is all ones.
     """
     return math.sqrt(weight.shape[0] / 3) if weight.ndim > 1 else math.sqrt(max(weight.numel(), 1))
-
-
-def summed(values: Sequence[torch.Tensor], parts_of: Tensors) -> torch.Tensor:
-    """The sum of values that each describe one rank's part of a tensor, over tensors and ranks."""
-    from ....distributed import sum_over_shards
-
-    return sum_over_shards(values, parts_of)
 
 
 def count_of(k: float, total: int) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ....distributed import gathered, local
+from ....distributed import gathered, local, sum_over_shards
 from ....selection import CHUNK, kth_largest_magnitude
-from .base import Constraint, Oracle, Tensors, check_k, count_of, summed
+from .base import Constraint, Oracle, Tensors, check_k, count_of
 
 # From a part of the direction, in float32 or float64, to the same part of the vertex, in memory of its own.
 Rule = Callable[[torch.Tensor], torch.Tensor]
@@ -43,7 +43,7 @@ class ElementwiseOracle(Oracle):
         for weight, direction in zip(weights, self.directions, strict=True):
             pieces = zip(_chunks(local(weight)), _chunks(local(direction)), strict=True)
             squares.append(_sum(_square_sum(self.rule(_wide(g)).sub_(w)) for w, g in pieces))
-        return summed(squares, weights)
+        return sum_over_shards(squares, weights)
 
 
 class LpBall(Constraint):
@@ -75,12 +75,12 @@ class LpBall(Constraint):
         if self.p == 1:
             return _largest_entries(directions, 1, radius, is_polytope=True)
         if self.p == math.inf:
-            dual = summed([_sum(_abs_sum(x) for x in _pieces(g)) for g in directions], directions)
+            dual = sum_over_shards([_sum(_abs_sum(x) for x in _pieces(g)) for g in directions], directions)
             return ElementwiseOracle(directions, dual, lambda g: g.sign().mul_(-radius))
         # Powers of entries over the largest one neither overflow nor vanish.
         largest, q = _largest(directions), self.p / (self.p - 1)
         powers = [_sum(_power_sum(x, largest, q) for x in _pieces(g)) for g in directions]
-        norm = summed(powers, directions).pow(1 / q)
+        norm = sum_over_shards(powers, directions).pow(1 / q)
 
         def rule(g: torch.Tensor) -> torch.Tensor:
             unit = g / largest.to(g.dtype)
@@ -94,7 +94,7 @@ class LpBall(Constraint):
             return largest
         scale = torch.where(largest > 0, largest, 1)
         powers = [_sum(_power_sum(x, scale, self.p) for x in _pieces(w)) for w in weights]
-        return scale * summed(powers, weights).pow(1 / self.p)
+        return scale * sum_over_shards(powers, weights).pow(1 / self.p)
 
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
         # Up to p = 2 the farthest points are two opposite unit vectors, from there two opposite corners.
@@ -152,7 +152,7 @@ class KSparsePolytope(Constraint):
         return count_of(self.k, _numel(tensors))
 
     def gauge(self, weights: Tensors) -> torch.Tensor:
-        total = summed([_sum(_abs_sum(x) for x in _pieces(w)) for w in weights], weights)
+        total = sum_over_shards([_sum(_abs_sum(x) for x in _pieces(w)) for w in weights], weights)
         return torch.maximum(_largest(weights), total / self.count(weights))
 
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
@@ -210,7 +210,7 @@ def _largest_entries(directions: Tensors, k: int, radius: float, is_polytope: bo
     the average of the best vertices.
     """
     threshold = kth_largest_magnitude(directions, k).double()
-    stats = summed([_sum(_stats(x, threshold) for x in _pieces(g)) for g in directions], directions)
+    stats = sum_over_shards([_sum(_stats(x, threshold) for x in _pieces(g)) for g in directions], directions)
     num_above, num_tied, total, squares = stats
     missing = k - num_above
     dual = total + missing * threshold if is_polytope else (squares + missing * threshold**2).sqrt()
@@ -235,7 +235,7 @@ def _stats(g: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 
 def _excess_over(magnitudes: torch.Tensor, radius: float) -> torch.Tensor:
-    """What is taken from every magnitude so that the rest sums to the radius; 0 where it does already (L1 projection)."""
+    """What is taken from every magnitude so that the rest sums to the radius, 0 where it is less already."""
     ordered = magnitudes.double().sort(descending=True).values
     counts = torch.arange(1, ordered.numel() + 1, device=ordered.device)
     levels = (ordered.cumsum(0) - radius) / counts
