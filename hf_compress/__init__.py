@@ -1,7 +1,8 @@
 """Train transformers and timm models so that they can be pruned afterwards in one shot.
 
-Importing this package is cheap: public names are loaded when they are first used, and the models that timm lacks are
-registered by a hook that runs when timm is imported (at once if it is loaded already).
+Importing this package is cheap: public names are loaded when they are first used. Hooks register what timm and
+transformers lack when those are imported (at once if they are loaded already): models, an optimizer, and the loader that
+prunes a checkpoint while `from_pretrained` reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "patterns": ("NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern"),
+    "patterns": (
+        *("NM", "Chain", "Filters", "Heads", "LowRank", "Neurons", "Pattern", "Quantized", "Unstructured"),
+        "parse_pattern",
+    ),
     "targets": ("Target", "find_targets"),
     "calibration": ("recalibrate_batch_norm",),
     "oneshot": ("CompressionReport", "LayerReport", "compress"),
@@ -23,6 +27,7 @@ _PUBLIC = {
     "training": ("CompressionArguments", "CompressionMixin"),
     "callbacks": ("GradualPruning", "SparsityLock", "merge_lora"),
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
+    "methods.sfw": ("SFW", "SFWConfig", "SFWMixin", "SFWTrainer", "create_sfw"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 
@@ -42,11 +47,20 @@ if TYPE_CHECKING:
     from .methods.cram import CrAMConfig as CrAMConfig
     from .methods.cram import CrAMMixin as CrAMMixin
     from .methods.cram import CrAMTrainer as CrAMTrainer
+    from .methods.sfw import SFW as SFW
+    from .methods.sfw import SFWConfig as SFWConfig
+    from .methods.sfw import SFWMixin as SFWMixin
+    from .methods.sfw import SFWTrainer as SFWTrainer
+    from .methods.sfw import create_sfw as create_sfw
     from .oneshot import CompressionReport as CompressionReport
     from .oneshot import LayerReport as LayerReport
     from .oneshot import compress as compress
     from .patterns import NM as NM
     from .patterns import Chain as Chain
+    from .patterns import Filters as Filters
+    from .patterns import Heads as Heads
+    from .patterns import LowRank as LowRank
+    from .patterns import Neurons as Neurons
     from .patterns import Pattern as Pattern
     from .patterns import Quantized as Quantized
     from .patterns import Unstructured as Unstructured
@@ -67,6 +81,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+@wrapt.when_imported("timm.optim")
+def _register_optimizers(_: Any) -> None:
+    importlib.import_module(".methods.sfw.registered", __name__)
 
 
 @wrapt.when_imported("timm.models")

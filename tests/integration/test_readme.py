@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.hub.server import HubServer
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
@@ -42,6 +43,17 @@ def workplace(tmp_path_factory):
     output = run(train, folder)
     (folder / "output.txt").write_text(output)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub(workplace, tmp_path_factory):
+    """The environment of a Hub to which the README's family has been pushed, by its command."""
+    (push,) = [c for c in COMMANDS if c.startswith("hf-compress push")]
+    with HubServer() as server:
+        environment = server.environment(tmp_path_factory.mktemp("hub"))
+        assert server.url in run(push, workplace, **environment)
+        assert list(server.repos) == [push.split()[-1]]
+        yield environment
 
 
 @pytest.mark.slow
@@ -111,17 +123,15 @@ def test_every_variant_loads_where_hf_compress_cannot_be_imported(workplace):
 
 
 @pytest.mark.slow
-def test_python_blocks_run(workplace):
-    blocks = [text for kind, text in BLOCKS if kind == "python"]
-    assert len(blocks) >= 5
-    for block in blocks:
-        run([sys.executable, "-c", block], workplace)
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
+def test_python_blocks_run(workplace, hub, block):
+    run([sys.executable, "-c", block], workplace, **hub)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("hf-compress", "ACCELERATE_USE_CPU"))])
-def test_commands_run_as_printed(workplace, command):
-    output = run(command, workplace, OMP_NUM_THREADS="1")
+def test_commands_run_as_printed(workplace, hub, command):
+    output = run(command, workplace, OMP_NUM_THREADS="1", **hub)
     if "accelerate launch" in command:
         assert "cram on 2 processes" in output
 

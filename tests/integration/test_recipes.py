@@ -23,10 +23,19 @@ LIGHT = {
     "imagenet_resnet50_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_resnet50_cram_nm": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_vit_cram": ["--model_name_or_path", "VIT"],
+    "cifar10_resnet18_sfw_ksparse": [
+        *("--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}', "--sfw_init_steps", "2"),
+    ],
+    **{
+        f"cifar10_resnet20_sfw_{region}": ["--model_args", '{"depth": 8}']
+        for region in ("ksparse", "ksupport", "group", "spectral")
+    },
+    "imagenet_resnet50_sfw_spectral": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
+    "imagenet_vit_sfw": ["--model_name_or_path", "VIT"],
 }
 FAST = "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --dataloader_num_workers 0"
 FAST += " --calibration_samples 8 --use_cpu --disable_tqdm true --dataloader_pin_memory false"
-OF_IMAGES = {n: p for n, p in packaged().items() if p.parent.name == "image-classification" and n != "digits_cram"}
+OF_IMAGES = {n: p for n, p in packaged().items() if p.parent.name == "image-classification" and n[:6] != "digits"}
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
