@@ -116,6 +116,14 @@ def sum_over_shards(values: Sequence[torch.Tensor], tensors: Sequence[torch.Tens
     return torch.stack([value.to(first.device) for value in shared.values()]).sum(0)
 
 
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a value that every rank has one of; the value itself where no process group is running."""
+    if is_distributed():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
 def reshard(model: nn.Module) -> None:
     """Forget gathered copies of sharded weights, which an edit in place would leave stale."""
     for module in model.modules():

@@ -189,7 +189,7 @@ class CompressionMixin(_TrainerBase):
                 self._whole_model(),
                 patterns,
                 evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
-                calibration_data=_Batches(self) if self.train_dataset is not None else None,
+                calibration_data=TrainingBatches(self, self.args.seed) if self.train_dataset is not None else None,
                 calibration_samples=self.args.calibration_samples,
                 output_dir=Path(self.args.output_dir) / "_family" if output_dir is None else output_dir,
                 method=self.method,
@@ -330,20 +330,24 @@ def changed_arguments(args: Any) -> dict[str, Any]:
     return changed
 
 
-class _Batches:
-    """Batches of training data in an order of their own; every pass is the same.
+class TrainingBatches:
+    """Batches of a trainer's training data in an order of their own; every pass is the same.
 
     The trainer's own loader would deal its batches to the ranks, and take its order from the training's generator.
+
+    Args:
+        trainer: whose data, collator and batch size they are.
+        seed: of their order, and of what augmentation draws.
     """
 
-    def __init__(self, trainer: CompressionMixin) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: CompressionMixin, seed: int) -> None:
+        self.trainer, self.seed = trainer, seed
 
     def __iter__(self) -> Iterator[Any]:
         args, dataset = self.trainer.args, self.trainer.train_dataset
         sampler = None
         if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
-            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))
+            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(self.seed))
         loader = DataLoader(
             dataset,
             batch_size=args.per_device_train_batch_size,
@@ -351,9 +355,9 @@ class _Batches:
             collate_fn=self.trainer._get_collator_with_removed_columns(self.trainer.data_collator),
         )
         with _generators_kept():  # augmentation draws from the global ones
-            random.seed(args.seed)
-            np.random.seed(args.seed % 2**32)
-            torch.default_generator.manual_seed(args.seed)
+            random.seed(self.seed)
+            np.random.seed(self.seed % 2**32)
+            torch.default_generator.manual_seed(self.seed)
             yield from loader
 
 

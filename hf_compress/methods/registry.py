@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..training import CompressionArguments, CompressionMixin
 from .cram import CrAMConfig, CrAMTrainer
+from .sfw import SFWConfig, SFWTrainer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ METHODS = {
             CrAMTrainer,
             "arXiv:2207.14200",
             "weights that keep their accuracy when most of them are pruned in one shot, unstructured or N:M",
+        ),
+        Method(
+            "sfw",
+            SFWConfig,
+            SFWTrainer,
+            "arXiv:2205.11921",
+            "weights in a region whose vertices are sparse, filter-sparse or of low rank, to be cut at any share",
         ),
     )
 }

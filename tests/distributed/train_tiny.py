@@ -1,4 +1,4 @@
-"""A short CrAM training that any launcher can start; it writes its weights and what every rank saw."""
+"""A short training that any launcher can start; it writes its weights and what every rank saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_compress.distributed import gathered, local
 from tests.conftest import image_samples, text_samples, tiny_bert, tiny_vit
 
 
-class Recorder(hfc.CrAMTrainer):
+class Recording:
     """Keeps the labels of the batches that this rank trained on."""
 
     only_last = False
@@ -34,12 +34,28 @@ class Recorder(hfc.CrAMTrainer):
         return batches, num_items
 
 
-class Sharded(Recorder):
+class Recorder(Recording, hfc.CrAMTrainer):
+    pass
+
+
+class SFWRecorder(Recording, hfc.SFWTrainer):
+    pass
+
+
+class Sharding:
     """Accelerate enters FSDP from GPU-like launches only; a test on the CPU has to pretend."""
 
     def create_accelerator_and_postprocess(self):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+
+
+class Sharded(Sharding, Recorder):
+    pass
+
+
+class SFWSharded(Sharding, SFWRecorder):
+    pass
 
 
 class Pause(TrainerCallback):
@@ -68,6 +84,8 @@ def main():
     parser.add_argument("--bucket_view", action="store_true")
     parser.add_argument("--model", default="vit")
     parser.add_argument("--no_check", action="store_true")
+    parser.add_argument("--method", default="cram")
+    parser.add_argument("--constraint")
     options = parser.parse_args()
     if options.model == "bert":
         model, data = tiny_bert(), text_samples()
@@ -77,10 +95,11 @@ def main():
     sharding = {}
     if options.fsdp:
         sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["ViTLayer"]}}
-    args = hfc.CrAMConfig(
+    config_class, method = hfc.CrAMConfig, {"rho": 0.1, "patterns": ["unstructured:0.5", "2:4"]}
+    if options.method == "sfw":
+        config_class, method = hfc.SFWConfig, {"constraint": options.constraint}
+    args = config_class(
         output_dir=str(options.output_dir),
-        rho=0.1,
-        patterns=["unstructured:0.5", "2:4"],
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulation,
@@ -93,9 +112,11 @@ def main():
         disable_tqdm=True,
         use_cpu=True,
         check_loss_scaling=not options.no_check,
+        **method,
         **sharding,
     )
-    trainer = (Sharded if options.fsdp else Recorder)(
+    kinds = {"cram": (Recorder, Sharded), "sfw": (SFWRecorder, SFWSharded)}
+    trainer = kinds[options.method][options.fsdp](
         model=model,
         args=args,
         train_dataset=data,
@@ -114,7 +135,7 @@ def main():
         "rank": rank,
         "seen": trainer.seen,
         "ddp": type(trainer.model_wrapped).__name__,
-        "log": [row for row in trainer.state.log_history if "compressed_loss" in row],
+        "log": [row for row in trainer.state.log_history if "loss" in row],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
         "bucket_view": getattr(trainer.model_wrapped, "gradient_as_bucket_view", None),
         "rows": [local(p).shape[0] for p in trainer.model.parameters()],

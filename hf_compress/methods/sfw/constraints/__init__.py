@@ -10,11 +10,29 @@ from typing import Any
 
 from .base import Constraint, Oracle, Size
 from .elementwise import KSparsePolytope, KSupportBall, LpBall
+from .group import GroupKSupportBall
+from .spectral import NuclearBall, SpectralKSparsePolytope, SpectralKSupportBall
 
-__all__ = ["Constraint", "KSparsePolytope", "KSupportBall", "LpBall", "Oracle", "Size", "parse_constraint"]
+__all__ = [
+    "Constraint",
+    "GroupKSupportBall",
+    "KSparsePolytope",
+    "KSupportBall",
+    "LpBall",
+    "NuclearBall",
+    "Oracle",
+    "Size",
+    "SpectralKSparsePolytope",
+    "SpectralKSupportBall",
+    "parse_constraint",
+]
 
 _SHORT = {"l1": 1, "l2": 2, "linf": math.inf}
-CONSTRAINTS: dict[str, type[Constraint]] = {kind.name: kind for kind in (LpBall, KSparsePolytope, KSupportBall)}
+_KINDS = (
+    *(LpBall, KSparsePolytope, KSupportBall, GroupKSupportBall),
+    *(NuclearBall, SpectralKSparsePolytope, SpectralKSupportBall),
+)
+CONSTRAINTS: dict[str, type[Constraint]] = {kind.name: kind for kind in _KINDS}
 
 
 def parse_constraint(text: str | Constraint, **defaults: Any) -> Constraint:

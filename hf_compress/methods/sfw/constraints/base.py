@@ -25,9 +25,11 @@ class Oracle(ABC):
     """The vertex of a region for one direction, not written out before it is used.
 
     Attributes:
-        dual: dual norm of the direction, a 0-dim float64 tensor.
+        directions: that it answers.
+        dual: their dual norm, a 0-dim float64 tensor.
     """
 
+    directions: Tensors
     dual: torch.Tensor
 
     @property
@@ -49,6 +51,11 @@ class Oracle(ABC):
         elif not self.is_valid:
             return
         part.lerp_(vertex.to(part.dtype), share.to(part.dtype))
+
+    def inner(self, weights: Tensors) -> torch.Tensor:
+        """<directions, weights>, a 0-dim float64 tensor."""
+        pairs = zip(self.directions, weights, strict=True)
+        return sum_over_shards([(local(g).double() * local(w)).sum() for g, w in pairs], weights)
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         """The squared Euclidean distance between weights and vertex, a 0-dim float64 tensor."""

@@ -38,6 +38,13 @@ class ElementwiseOracle(Oracle):
             for piece, along in zip(_chunks(part), _chunks(direction), strict=True):
                 piece.lerp_(self.rule(_wide(along)).to(part.dtype), share)
 
+    def inner(self, weights: Tensors) -> torch.Tensor:
+        products = []
+        for weight, direction in zip(weights, self.directions, strict=True):
+            pieces = zip(_chunks(local(weight)), _chunks(local(direction)), strict=True)
+            products.append(_sum((_wide(g).double() * w).sum() for w, g in pieces))
+        return sum_over_shards(products, weights)
+
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
         for weight, direction in zip(weights, self.directions, strict=True):

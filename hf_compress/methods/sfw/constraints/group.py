@@ -1,0 +1,199 @@
+"""A region whose vertices are zero in all but K groups of weights: filters, neurons or attention heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ....distributed import dealt_like, local, sharded_like, sum_over_shards
+from ....selection import CHUNK
+from .base import Constraint, Oracle, Tensors, check_k, count_of
+from .elementwise import _wide as wide
+from .elementwise import k_support_norm
+
+Axes = int | str | Sequence[int]
+
+
+class GroupOracle(Oracle):
+    """A vertex that is the direction times one number for each index along the axis of its groups."""
+
+    def __init__(self, directions: Tensors, scales: list[torch.Tensor], dual: torch.Tensor) -> None:
+        self.directions, self.scales, self.dual = directions, scales, dual
+
+    def vertex(self, index: int) -> torch.Tensor:
+        direction = self.directions[index]
+        part = (wide(local(direction)) * self.scales[index]).to(direction.dtype)
+        return sharded_like(part, direction)
+
+    def move_(self, weight: torch.Tensor, index: int, share: torch.Tensor) -> None:
+        part = local(weight)
+        if part.device.type != "cpu":
+            super().move_(weight, index, share)
+        elif self.is_valid:
+            share = share.to(part.dtype)
+            for piece, along, scale in zip(_rows(part), *self._vertex_of(index), strict=True):
+                piece.lerp_((wide(along) * scale).to(part.dtype), share)
+
+    def squared_distance(self, weights: Tensors) -> torch.Tensor:
+        squares = []
+        for i, weight in enumerate(weights):
+            pieces = zip(_rows(local(weight)), *self._vertex_of(i), strict=True)
+            gaps = [(wide(along) * scale).sub_(w) for w, along, scale in pieces]
+            squares.append(sum(torch.linalg.vector_norm(gap, dtype=torch.float64).square() for gap in gaps))
+        return sum_over_shards(squares, weights)
+
+    def _vertex_of(self, index: int) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+        """Pieces of the direction, and the numbers that they are multiplied with."""
+        direction = local(self.directions[index])
+        return _rows(direction), _rows(self.scales[index].expand(direction.shape))
+
+
+class GroupKSupportBall(Constraint):
+    """The convex hull of all weights with at most K groups that are not zero and a Euclidean norm of at most the radius.
+
+    Its gauge is the k-support norm of the Euclidean norms of the groups. Groups that tie for the last of the K places
+    share it.
+
+    ```python
+    GroupKSupportBall(k=0.1, radius="init:15")                             # filters, or rows
+    GroupKSupportBall(k=300, axes=(0, 1), groups=3072, radius=30)          # neurons between two Linear layers
+    GroupKSupportBall(k=3, axes="0 0 0 1", groups=12, radius="weights:1")  # heads: query, key, value, output
+    ```
+
+    Args:
+        k: how many groups a vertex has: a count, or a share as a float in (0, 1].
+        radius: see `Constraint`.
+        diameter: see `Constraint`.
+        axes: the dimension of each tensor along which its groups lie: one number for all, or one for each, as a
+            sequence or as text.
+        groups: None makes a group of every index along the axis of every tensor. A number cuts the axis of every tensor
+            into so many equal parts, and part i of all tensors together is group i.
+
+    Source: Zimmer, Spiegel and Pokutta, Compression-aware Training of Neural Networks using Frank-Wolfe,
+    arXiv:2205.11921; several tensors in one group are new here.
+    """
+
+    name = "group_k_support"
+
+    def __init__(
+        self,
+        k: float,
+        radius: float | str | None = None,
+        *,
+        diameter: float | None = None,
+        axes: Axes = 0,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__(radius, diameter=diameter)
+        self.k = check_k(k)
+        self.axes = _parse_axes(axes)
+        if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
+            raise ValueError(f"groups must be a whole number of at least 1, or None, got {groups!r}")
+        self.groups = groups
+
+    @property
+    def options(self) -> dict[str, Any]:
+        axes = self.axes if isinstance(self.axes, int) else " ".join(map(str, self.axes))
+        return {"k": self.k, "axes": axes} | ({} if self.groups is None else {"groups": self.groups})
+
+    def check(self, weights: Tensors) -> None:
+        if not isinstance(self.axes, int) and len(self.axes) != len(weights):
+            raise ValueError(f"{self} has {len(self.axes)} axes, one for each tensor, but covers {len(weights)} tensors")
+        for weight, axis in zip(weights, self._axes_of(weights), strict=True):
+            if axis >= weight.ndim:
+                raise ValueError(f"{self} has groups along dimension {axis} of a weight of shape {tuple(weight.shape)}")
+            if self.groups is not None and weight.shape[axis] % self.groups:
+                raise ValueError(
+                    f"{self} cuts dimension {axis} of a weight of shape {tuple(weight.shape)} into equal parts, "
+                    f"but {weight.shape[axis]} is no multiple of {self.groups}"
+                )
+        if isinstance(self.k, int) and self.k > (total := self._num_groups(weights)):
+            raise ValueError(f"{self} keeps {self.k} groups, but the tensors that it covers have {total}")
+
+    def oracle(self, directions: Tensors, memory: Sequence[dict[str, Any]] | None = None) -> Oracle:
+        k, squares = self.count(directions), self._squares(directions)
+        level = squares.kthvalue(squares.numel() - k + 1).values
+        above, tied = squares > level, squares == level
+        missing = k - above.sum(dtype=torch.float64)
+        dual = (torch.where(above, squares, 0).sum() + missing * level).sqrt()
+        dual = torch.where(squares.isfinite().all(), dual, torch.nan)
+        factors = (above + tied * (missing / tied.sum())) * (-self.radius_of(directions) / dual)
+        return GroupOracle(directions, self._along_axes(factors, directions), dual)
+
+    def count(self, tensors: Tensors) -> int:
+        """K for these tensors."""
+        self.check(tensors)
+        return count_of(self.k, self._num_groups(tensors))
+
+    def gauge(self, weights: Tensors) -> torch.Tensor:
+        return k_support_norm(self._squares(weights).sqrt(), self.count(weights))
+
+    def diameter_of_unit_ball(self, weights: Tensors) -> float:
+        return 2.0
+
+    def _axes_of(self, tensors: Tensors) -> Sequence[int]:
+        return [self.axes] * len(tensors) if isinstance(self.axes, int) else self.axes
+
+    def _sizes(self, tensors: Tensors) -> list[int]:
+        return [t.shape[axis] for t, axis in zip(tensors, self._axes_of(tensors), strict=True)]
+
+    def _num_groups(self, tensors: Tensors) -> int:
+        return self.groups or sum(self._sizes(tensors))
+
+    def _squares(self, tensors: Tensors) -> torch.Tensor:
+        """The squared norm of every group, in float64, equal on all ranks."""
+        squares = []
+        for tensor, axis in zip(tensors, self._axes_of(tensors), strict=True):
+            part = _squares_along(local(tensor), axis)
+            if axis == 0:
+                part = part.new_zeros(tensor.shape[0]).index_copy_(0, _rows_here(tensor), part)
+            squares.append(sum_over_shards([part], [tensor]).to(local(tensors[0]).device))
+        if self.groups is None:
+            return torch.cat(squares)
+        return torch.stack([s.view(self.groups, -1).sum(1) for s in squares]).sum(0)
+
+    def _along_axes(self, factors: torch.Tensor, tensors: Tensors) -> list[torch.Tensor]:
+        """From one number for each group to one for each index, in a shape that multiplies the tensor of this rank."""
+        if self.groups is None:
+            spread = factors.split(self._sizes(tensors))
+        else:
+            spread = tuple(factors.repeat_interleave(size // self.groups) for size in self._sizes(tensors))
+        found = []
+        for numbers, tensor, axis in zip(spread, tensors, self._axes_of(tensors), strict=True):
+            here = numbers.to(local(tensor).device, torch.promote_types(tensor.dtype, torch.float32))
+            if axis == 0:
+                here = here.index_select(0, _rows_here(tensor))
+            found.append(here.view([-1 if dim == axis else 1 for dim in range(tensor.ndim)]))
+        return found
+
+
+def _parse_axes(axes: Axes) -> int | tuple[int, ...]:
+    given = axes.split() if isinstance(axes, str) else [axes] if isinstance(axes, int) else list(axes)
+    if not given or not all(re.fullmatch(r"\d+", str(axis)) for axis in given):
+        raise ValueError(
+            f"axes must be the dimension along which groups lie, as in 0, or one for each tensor, as in '0 0 1', "
+            f"got {axes!r}"
+        )
+    found = tuple(map(int, given))
+    return found[0] if len(found) == 1 else found
+
+
+def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
+    """The squared norm of every index along an axis, (size of the axis,), float64."""
+    others = [dim for dim in range(part.ndim + 1) if dim != axis]
+    norms = [torch.linalg.vector_norm(p.unsqueeze(-1), dim=others, dtype=torch.float64) for p in _rows(part)]
+    return torch.cat(norms).square() if axis == 0 else torch.stack(norms).square().sum(0)
+
+
+def _rows_here(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of the rows that lie on this rank."""
+    return local(dealt_like(torch.arange(tensor.shape[0], device=local(tensor).device), tensor))
+
+
+def _rows(part: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Pieces of whole rows that fit the cache of a CPU; the whole tensor elsewhere."""
+    size = CHUNK * part.shape[0] // max(part.numel(), 1) if part.device.type == "cpu" else part.shape[0]
+    yield from part.split(max(size, 1))

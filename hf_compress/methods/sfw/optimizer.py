@@ -1,0 +1,256 @@
+"""Stochastic Frank-Wolfe: every step moves the weights of a region towards one of its vertices.
+
+With m the momentum of the gradient, v the vertex that minimizes <m, v> and D the diameter of the region,
+
+    w <- (1 - s) w + s v,    s = clamp(lr * factor, 0, 1)
+
+where `rescale` chooses the factor: 1 ("none"), 1 / D ("diameter"), |m| / |w - v| ("gradient", which makes a step as
+long as one of SGD) or 2 |m| / D ("fast_gradient"). Sources: Pokutta, Spiegel and Zimmer, arXiv:2010.07243; Miao et al.,
+ICLR 2022; Zimmer, Spiegel and Pokutta, Compression-aware Training of Neural Networks using Frank-Wolfe,
+arXiv:2205.11921.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ...distributed import local, sum_over_shards
+from .constraints import Constraint, parse_constraint
+
+RESCALES = ("none", "diameter", "gradient", "fast_gradient")
+FREE = ("sgd", "adamw")
+
+
+class SFW(torch.optim.Optimizer):
+    """Stochastic Frank-Wolfe for groups with a constraint, SGD or AdamW for those without.
+
+    ```python
+    region = KSparsePolytope(k=21, radius=0.25)
+    opt = SFW([{"params": [w], "constraint": region}, {"params": biases, "constraint": None}], lr=0.1)
+    ```
+
+    A group is one ball over all its parameters, so that a ball for each parameter takes a group for each. There is no
+    weight decay in a region: the factor 1 - s is one. A direction that is zero or not finite leaves the weights of its
+    group where they are, and empties their momentum. `create_sfw` makes the groups of a model.
+
+    Args:
+        params: groups with a "constraint": a region, its text ("k_sparse(k=0.05, radius=0.25)"), or None. Radii of the
+            form init:VALUE and weights:VALUE become numbers here.
+        lr: learning rate, at least 0; at most 1 with `rescale="none"`, where it is the share s.
+        momentum: in [0, 1).
+        dampening: 0 for heavy ball, the value of `momentum` for an average of gradients. In (fast_)gradient mode, steps
+            of the heavy ball are about 1 / (1 - momentum) times as long.
+        rescale: see above.
+        free: "sgd" or "adamw", the optimizer of groups without constraint; they may have an `lr` of their own.
+        weight_decay: of groups without constraint (coupled for "sgd", decoupled for "adamw").
+        betas: of "adamw".
+        eps: of "adamw".
+
+    Attributes:
+        tracks_gap: compute `gap` in the coming steps.
+        gap: the Frank-Wolfe gap <m, w - v> of the last step, summed over groups: 0 where no vertex is better; a 0-dim
+            tensor, None if it was not tracked.
+
+    Raises:
+        ValueError: for a wrong number or mode, a region that does not fit its tensors, or parameters that are not
+            floating point.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        rescale: str = "gradient",
+        *,
+        free: str = "sgd",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.tracks_gap = False
+        self.gap: torch.Tensor | None = None
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "rescale": rescale, "free": free}
+        defaults |= {"weight_decay": weight_decay, "betas": tuple(betas), "eps": eps, "constraint": None}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its constraint gets its radius as a number."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            if group["constraint"] is not None:
+                weights = [p.detach() for p in group["params"]]
+                group["constraint"] = parse_constraint(group["constraint"]).resolved(weights)
+        except ValueError as error:
+            self.param_groups.pop()
+            names = group.get("param_names")
+            raise ValueError(f"{', '.join(names)}: {error}" if names else str(error)) from error
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; no wait for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gaps = [gap for group in self.param_groups if (gap := self._step_group(group)) is not None]
+        self.gap = torch.stack([gap.to(gaps[0].device) for gap in gaps]).sum() if gaps else None
+        return loss
+
+    @torch.no_grad()
+    def shrink_(self) -> list[torch.Tensor]:
+        """Scale the weights of each group radially into its region, in place.
+
+        Returns:
+            The factors, at most 1, of the groups with a constraint, in their order.
+        """
+        return [g["constraint"].shrink_(g["params"]) for g in self.param_groups if g["constraint"] is not None]
+
+    def _step_group(self, group: dict[str, Any]) -> torch.Tensor | None:
+        weights = [p for p in group["params"] if p.grad is not None]
+        if not weights:
+            return None
+        if group["constraint"] is None:
+            (_step_sgd if group["free"] == "sgd" else _step_adamw)(group, weights, self.state)
+            return None
+        # In a ball of several a weight without gradient counts as one with a gradient of zero.
+        weights = group["params"]
+        directions = [self._direction(group, p) for p in weights]
+        constraint: Constraint = group["constraint"]
+        oracle = constraint.oracle(directions, [self.state[p] for p in weights])
+        is_valid = oracle.is_valid
+        share = (_factor(group, oracle, directions, weights) * group["lr"]).clamp(0, 1)
+        share = torch.where(is_valid, share, 0).nan_to_num(0)
+        gap = None
+        if self.tracks_gap:
+            gap = torch.where(is_valid, oracle.inner(weights) + constraint.radius_of(weights) * oracle.dual, 0)
+        for i, weight in enumerate(weights):
+            oracle.move_(weight, i, share.to(weight.device))
+        self._empty_unless(is_valid, weights)
+        return gap
+
+    def _direction(self, group: dict[str, Any], parameter: torch.Tensor) -> Any:
+        gradient = parameter.grad
+        if group["momentum"] == 0:
+            return torch.zeros_like(parameter) if gradient is None else gradient
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+        elif gradient is not None:
+            buffer, here = local(state["momentum_buffer"]), local(gradient)
+            if group["dampening"] == group["momentum"]:
+                buffer.lerp_(here, 1 - group["momentum"])
+            else:
+                buffer.mul_(group["momentum"]).add_(here, alpha=1 - group["dampening"])
+        return state["momentum_buffer"]
+
+    def _empty_unless(self, is_valid: torch.Tensor, weights: list[torch.Tensor]) -> None:
+        """What is not finite would stay in the momentum for ever."""
+        if is_valid.device.type == "cpu" and is_valid:
+            return
+        for weight in weights:
+            buffer = self.state[weight].get("momentum_buffer")
+            if buffer is not None:
+                local(buffer).masked_fill_(is_valid.to(local(buffer).device).logical_not(), 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; regions are there as text."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["constraint"] = None if group["constraint"] is None else str(group["constraint"])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            ValueError: if a group has another region here than there.
+        """
+        state_dict = {**state_dict, "param_groups": copy.copy(state_dict["param_groups"])}
+        for i, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            region = None if own["constraint"] is None else str(own["constraint"])
+            if saved.get("constraint") != region:
+                raise ValueError(
+                    f"group {i} was trained in {saved.get('constraint')}, and is now to be trained in {region}; "
+                    "resume with the settings of the first run"
+                )
+            state_dict["param_groups"][i] = {**saved, "constraint": own["constraint"]}
+        super().load_state_dict(state_dict)
+
+
+def _factor(group: dict[str, Any], oracle: Any, directions: Any, weights: Any) -> torch.Tensor:
+    """By what the learning rate is multiplied."""
+    mode, constraint = group["rescale"], group["constraint"]
+    if mode == "none":
+        return torch.ones_like(oracle.dual)
+    diameter = constraint.radius_of(weights) * constraint.diameter_of_unit_ball(weights)
+    if mode == "diameter":
+        return torch.full_like(oracle.dual, 1 / diameter)
+    squares = [torch.linalg.vector_norm(local(d), dtype=torch.float64).square() for d in directions]
+    norm = sum_over_shards(squares, directions).sqrt()
+    return norm / (diameter / 2 if mode == "fast_gradient" else oracle.squared_distance(weights).sqrt())
+
+
+def _check(group: dict[str, Any]) -> None:
+    limits = {"lr": (0, float("inf")), "momentum": (0, 1), "dampening": (0, 1), "weight_decay": (0, float("inf"))}
+    for name, (low, high) in limits.items():
+        value = float(group[name])
+        if not low <= value < high and not (name == "dampening" and value == 1):
+            raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+    for name, allowed in (("rescale", RESCALES), ("free", FREE)):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {group[name]!r}")
+    if group["constraint"] is not None and group["rescale"] == "none" and float(group["lr"]) > 1:
+        raise ValueError(f"with rescale='none', lr is a share of the way to a vertex, at most 1; got {group['lr']}")
+    for parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise ValueError(f"a parameter has dtype {parameter.dtype}; SFW needs floating-point weights")
+
+
+def _step_sgd(group: dict[str, Any], weights: list[torch.Tensor], state: Any) -> None:
+    buffers = [state[p].get("momentum_buffer") for p in weights]
+    sgd(
+        weights,
+        [p.grad for p in weights if p.grad is not None],
+        buffers,
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov=False,
+        maximize=False,
+    )
+    for parameter, buffer in zip(weights, buffers, strict=True):
+        if group["momentum"]:
+            state[parameter]["momentum_buffer"] = buffer
+
+
+def _step_adamw(group: dict[str, Any], weights: list[torch.Tensor], state: Any) -> None:
+    for parameter in weights:
+        if not state[parameter]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state[parameter] |= {"step": torch.zeros((), device=parameter.device), **zeros}
+    adamw(
+        weights,
+        [p.grad for p in weights if p.grad is not None],
+        *([state[p][name] for p in weights] for name in ("exp_avg", "exp_avg_sq")),
+        [],
+        [state[p]["step"] for p in weights],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        capturable=weights[0].device.type != "cpu",
+    )
