@@ -15,15 +15,20 @@ from tests.methods.cram.test_trainer import config, train
 
 
 @pytest.mark.slow
-def test_twenty_five_kills_at_random_moments(tmp_path):
+@pytest.mark.parametrize(("method", "kills"), [("cram", 25), ("sfw", 8)])
+def test_kills_at_random_moments(tmp_path, method, kills):
     script = Path(__file__).with_name("kill_loop.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "25"], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script), str(tmp_path), str(kills), method],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["kills"] == 25
+    assert facts["kills"] == kills
     assert facts["failures"] == 0, done.stderr
     assert facts["equal"] == [True] * facts["runs"]
     assert facts["runs"] >= 2
