@@ -1,8 +1,8 @@
 """Train transformers and timm models so that they can be pruned afterwards in one shot.
 
 Importing this package is cheap: public names are loaded when they are first used. Hooks register what timm and
-transformers lack when those are imported (at once if they are loaded already): models, an optimizer, and the loader that
-prunes a checkpoint while `from_pretrained` reads it.
+transformers lack when those are imported (at once if they are loaded already): models, an optimizer, and the loader of
+checkpoints that are compressed, or to be compressed while they are read.
 """
 
 from __future__ import annotations

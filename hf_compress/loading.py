@@ -202,6 +202,10 @@ class _Rebuilder(_Loader):
         self._layers = quantization_config.layers
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "layers of a checkpoint with changed shapes cannot be dealt to processes by from_pretrained"
+            )
         architectures = model.config.architectures or [type(model).__name__]
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         try:

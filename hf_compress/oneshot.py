@@ -1,20 +1,24 @@
-"""Compress a model in one shot: find the targets, let the pattern write its values. Nothing is saved here."""
+"""Compress a model in one shot: find the targets, let the pattern write its values or shapes. Nothing is saved here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .patterns import Pattern, parse_pattern
-from .targets import find_targets
+from .patterns import LowRank, Pattern, parse_pattern
+from .patterns.low_rank import truncate_
+from .structure import factor, factored_layers, find_coupled_targets, reasons_to_stay, write_description
+from .targets import Target, unwrap
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One compressed weight: how many entries it has, and how many of them are not zero."""
+    """One compressed weight: how many entries it has (two factors together), and how many of them are not zero."""
 
     numel: int
     nonzero: int
@@ -53,29 +57,78 @@ def compress(
     pattern: str | Pattern,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    remove: bool = False,
 ) -> CompressionReport:
     """Compress a model in place.
 
     Args:
         model: any module, a transformers or timm model for instance.
-        pattern: such as "unstructured:0.9" or "2:4".
+        pattern: such as "unstructured:0.9", "2:4", "neurons:0.5" or "low_rank:0.75".
         include: globs on names, see `find_targets`.
         exclude: globs on names, see `find_targets`.
+        remove: let shapes shrink. Layers of low rank become two layers, and a transformers model that is saved then
+            loads through `from_pretrained` after `import hf_compress`. Layers that cannot be replaced keep their shape,
+            with the same values as without `remove`, and are reported as skipped.
 
     Raises:
-        ValueError: for a wrong pattern or glob, a model without targets, or a NaN weight, which the message names.
+        ValueError: for a wrong pattern or glob, a model without targets or without what the pattern removes (filters,
+            neurons, heads), `remove` with a pattern other than low_rank, or a NaN weight, which the message names.
             The model is then unchanged.
     """
     pattern = parse_pattern(pattern)
-    targets = find_targets(model, include, exclude)
+    if remove and not isinstance(pattern, LowRank):
+        raise ValueError(
+            f"remove=True changes shapes, which so far low_rank:SHARE can; {pattern} writes zeros: drop it"
+        )
+    targets = find_coupled_targets(model, include, exclude)
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no weight to compress: Linear, Conv and Conv1D layers are targets, "
             "embeddings, norms, biases and task heads are not"
         )
-    pattern.project_(targets)
+    skipped = pattern.skipped(targets)
+    before = sum(p.numel() for p in model.parameters())
+    weights = {name: [target.parameter] for name, target in targets.items()}
+    if isinstance(pattern, LowRank) and remove:
+        ranks = pattern.ranks(targets)
+        stay = _factor(model, ranks, targets)
+        skipped |= stay
+        layers = dict(factored_layers(model))
+        for name in ranks.keys() - stay.keys():
+            layer = layers[name.rpartition(".")[0]]
+            weights[name] = [layer.weight, layer.factor.weight]
+    else:
+        pattern.project_(targets)
     return CompressionReport(
         pattern=str(pattern),
-        layers={n: LayerReport(t.parameter.numel(), int(torch.count_nonzero(t.parameter))) for n, t in targets.items()},
-        skipped={n: reason for n, t in targets.items() if (reason := pattern.skip_reason(t))},
+        layers={name: _report(parts) for name, parts in weights.items()},
+        skipped=skipped,
+        parameters_removed=before - sum(p.numel() for p in model.parameters()),
     )
+
+
+def _factor(model: nn.Module, ranks: dict[str, int], targets: dict[str, Target]) -> dict[str, str]:
+    """Replace layers by two factors; why some are not, which get the same values in their shape."""
+    reasons = reasons_to_stay(model) | _merged_on_disk(unwrap(model), ranks)
+    stay = {name: f"it keeps its shape: {reasons[name]}" for name in ranks if name in reasons}
+    for name in stay:
+        truncate_(targets[name], ranks[name])
+    factor(model, {name: rank for name, rank in ranks.items() if name not in stay})
+    write_description(model)
+    return stay
+
+
+def _merged_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Weights of which a checkpoint of transformers has several in one tensor, which takes equal shapes."""
+    if not hasattr(model, "save_pretrained") or "transformers.modeling_utils" not in sys.modules:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
+    merging = [c.reverse_transform() for c in conversions if getattr(c, "operations", None)]
+    merged = [name for name in names if any(c.rename_source_key(name)[1] for c in merging)]
+    return dict.fromkeys(merged, "on disk it lies in one tensor with others")
+
+
+def _report(weights: list[torch.Tensor]) -> LayerReport:
+    return LayerReport(sum(w.numel() for w in weights), sum(int(torch.count_nonzero(w)) for w in weights))

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The slices of a weight that belong to neurons, heads or filters, which it may share with other weights.
+
+    Dimension `dim` is laid out as (blocks, count, size): group i is the i-th slice of each block.
+
+    Attributes:
+        of: name of the groups; weights that share them have the same one.
+        dim: dimension of the weight along which they lie.
+        count: how many there are.
+        blocks: more than 1 where several layers lie in one weight, such as query, key and value.
+    """
+
+    of: str
+    dim: int
+    count: int
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -20,11 +39,23 @@ class Target:
         parameter: the weight. Linear (out, in), ConvNd (out, in / groups, *kernel), Hugging Face Conv1D (in, out).
         reduction_dim: the dimension that the layer sums over, where groups of an N:M pattern lie.
         kind: "linear", "conv" or "conv1d" (Hugging Face Conv1D, as in GPT-2).
+        bias: of the same layer, one entry for each output; None where there is none.
+        conv_groups: of a convolution; so many blocks of its outputs see inputs of their own.
+        groups: "neurons" and "heads" to the groups that the weight has a part in, or to the reason why it has none;
+            None where nobody has looked, see `structure.find_coupled_targets`.
     """
 
     parameter: torch.Tensor
     reduction_dim: int
     kind: str
+    bias: torch.Tensor | None = None
+    conv_groups: int = 1
+    groups: Mapping[str, tuple[Groups, ...] | str] | None = None
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension in which the outputs of the layer lie."""
+        return 1 if self.reduction_dim == 0 and self.parameter.ndim > 1 else 0
 
 
 def find_targets(
@@ -78,17 +109,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
     seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in model.named_modules():
-        kind, reduction_dim = _kind_of(module)
+        kind, reduction_dim = kind_of(module)
         if not kind:
             continue
         weight = module._parameters.get("weight")  # a parametrized weight is no parameter of its module
         if weight is None or id(weight) in seen or not weight.is_floating_point():
             continue
         seen.add(id(weight))
-        yield (f"{name}.weight" if name else "weight"), Target(weight, reduction_dim, kind)
+        bias, conv_groups = module._parameters.get("bias"), module.groups if kind == "conv" else 1
+        target = Target(weight, reduction_dim, kind, bias, conv_groups)
+        yield (f"{name}.weight" if name else "weight"), target
 
 
-def _kind_of(module: nn.Module) -> tuple[str, int]:
+def kind_of(module: nn.Module) -> tuple[str, int]:
+    """What a `Target` of a layer has for `kind` and `reduction_dim`; "" for what is no target."""
     if isinstance(module, nn.Linear):
         return "linear", 1
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from ..distributed import local, reshard, sharded_like, total_norm
 from ..patterns.masking import zero_
-from ..targets import Target, find_targets, unwrap
+from ..structure import find_coupled_targets
+from ..targets import Target, unwrap
 
 
 class HeldZeros(TrainerCallback):
@@ -127,7 +128,7 @@ def _live_targets(model: nn.Module, include: Sequence[str] | None, exclude: Sequ
     for module in inner.modules():
         if isinstance(module, tuner):
             adapters |= {id(p) for p in module.parameters()} - {id(p) for p in module.get_base_layer().parameters()}
-    return {n: t for n, t in find_targets(inner, include, exclude).items() if id(t.parameter) not in adapters}
+    return {n: t for n, t in find_coupled_targets(inner, include, exclude).items() if id(t.parameter) not in adapters}
 
 
 def _count(flags: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from ..family import build_family
 from ..family.build import save_checkpoint
 from ..family.manifest import commit_folder, start_folder
+from ..family.storage import changes_shapes
 from ..oneshot import compress as compress_model
 from ..patterns import parse_pattern
 from .table import VariantPrinter
@@ -67,7 +68,7 @@ def compress(argv: Sequence[str]) -> None:
     partial = start_folder(target)
     try:
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
-        report = compress_model(model, patterns[0], args.include, args.exclude)
+        report = compress_model(model, patterns[0], args.include, args.exclude, changes_shapes(patterns[0]))
         save_checkpoint(model, processing_class, partial, patterns[0], args.include, args.exclude)
         commit_folder(partial, target)
     except BaseException:
@@ -76,6 +77,8 @@ def compress(argv: Sequence[str]) -> None:
     for name, reason in report.skipped.items():
         print(f"left dense: {name}, {reason}")
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
+    if report.parameters_removed:
+        share = f"{report.parameters_removed} parameters removed; it loads after `import hf_compress`"
     print(f"saved {args.output_dir}: {report.pattern}, {share}")
 
 

@@ -26,7 +26,7 @@ from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
 from .manifest import Manifest, commit_folder, start_folder, write_manifest
 from .plots import plot_family
-from .storage import count_scales, load_model, save_model
+from .storage import changes_shapes, count_scales, load_model, save_model
 from .variant import Variant
 
 Evaluate = Callable[[Any], Mapping[str, Any]]
@@ -156,7 +156,7 @@ class _Job:
     def _write(self, name: str, pattern: Pattern | None) -> tuple[CompressionReport, str]:
         model = self.model if pattern is None else self._load("dense")
         if pattern is not None:
-            report = compress(model, pattern, self.include, self.exclude)
+            report = compress(model, pattern, self.include, self.exclude, remove=changes_shapes(pattern))
             if self.calibration_data is not None:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
         folder = self.folder / name
@@ -184,10 +184,10 @@ def save_checkpoint(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> str:
-    """Save a model, in integers if its pattern allows that (see `save_model`), and its tokenizer or image processor.
+    """Save a model, in integers or factors if it can be (see `save_model`), and its tokenizer or image processor.
 
     Returns:
-        The storage of the model: "int8" or "dense".
+        The storage of the model, see `save_model`.
 
     Raises:
         OSError: if the disk is full.

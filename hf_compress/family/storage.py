@@ -1,7 +1,8 @@
-"""How a checkpoint's bytes are written: dense as it is, or with its linear weights as integers of 8 bits.
+"""How a checkpoint's bytes are written: dense as it is, in factors, or with its linear weights as integers of 8 bits.
 
-Integers are written in the format `int-quantized` of compressed-tensors, which transformers reads by itself: for each
-weight int8 codes under its own name, and a column of scales under `weight_scale`.
+Layers in two factors are named in config.json, and loaded where hf_compress is imported. Integers are written in the
+format `int-quantized` of compressed-tensors, which transformers reads by itself: for each weight int8 codes under its
+own name, and a column of scales under `weight_scale`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patterns import Chain, Pattern, Quantized
+from ..patterns import Chain, LowRank, Pattern, Quantized
 from ..patterns.quantized import quantize
+from ..structure import factored_layers
 from ..targets import Target, find_targets
 
 _FORMAT = "int-quantized"
@@ -43,8 +45,11 @@ def save_model(
         exclude: globs that it was compressed with.
 
     Returns:
-        The storage: "int8" or "dense".
+        The storage: "factored", "int8" or "dense".
     """
+    if any(factored_layers(model)):
+        model.save_pretrained(folder)
+        return "factored"
     weights = integer_weights(model, pattern, include, exclude)
     if weights:
         _save_int8(model, weights, folder)
@@ -54,6 +59,11 @@ def save_model(
         shutil.rmtree(folder)
     model.save_pretrained(folder)
     return "dense"
+
+
+def changes_shapes(pattern: Pattern) -> bool:
+    """Whether a variant of this pattern is stored in smaller shapes: whether `compress` is to `remove`."""
+    return isinstance(pattern, LowRank)
 
 
 def integer_weights(

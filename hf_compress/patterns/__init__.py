@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from .base import Pattern, parse_pattern, parse_patterns
 from .chain import Chain
+from .groups import Filters, Heads, Neurons
+from .low_rank import LowRank
 from .n_m import NM
 from .quantized import Quantized
 from .unstructured import Unstructured
 
-__all__ = ["NM", "Chain", "Pattern", "Quantized", "Unstructured", "parse_pattern", "parse_patterns"]
+__all__ = [
+    "NM",
+    "Chain",
+    "Filters",
+    "Heads",
+    "LowRank",
+    "Neurons",
+    "Pattern",
+    "Quantized",
+    "Unstructured",
+    "parse_pattern",
+    "parse_patterns",
+]

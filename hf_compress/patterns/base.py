@@ -31,7 +31,8 @@ class Pattern(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Pattern._kinds.append(cls)
+        if "forms" in vars(cls):
+            Pattern._kinds.append(cls)
 
     @classmethod
     @abstractmethod
@@ -65,6 +66,11 @@ class Pattern(ABC):
         """Why this pattern leaves a weight dense, None if it does not."""
         return None
 
+    def skipped(self, weights: Weights) -> dict[str, str]:
+        """Why this pattern leaves weights dense, by name; the others are not in it."""
+        found = {name: self.skip_reason(as_target(weight)) for name, weight in weights.items()}
+        return {name: reason for name, reason in found.items() if reason}
+
     def partway(self, progress: float) -> Pattern | None:
         """The pattern on the way from dense weights to this one, for schedules.
 
@@ -94,7 +100,7 @@ class Pattern(ABC):
             TypeError: if the pattern has no masks.
             ValueError: if a weight is NaN, complex or integer; the message names it.
         """
-        return self.select(_checked(weights))
+        return self.select(checked(weights))
 
     @torch.no_grad()
     def project_(self, weights: Weights) -> None:
@@ -103,11 +109,11 @@ class Pattern(ABC):
         Raises:
             ValueError: if a weight is NaN, complex or integer; no weight has been changed then.
         """
-        self.compress_(_checked(weights))
+        self.compress_(checked(weights))
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:
-    """The pattern that a text means: "unstructured:0.9", "unstructured:0.9:layer", "2:4".
+    """The pattern that a text means: "unstructured:0.9", "2:4", "filters:0.5", "low_rank:0.75".
 
     Raises:
         ValueError: for any other text, naming what is allowed, and for the integer that YAML makes of a bare 2:4.
@@ -180,7 +186,8 @@ def as_target(weight: Target | torch.Tensor) -> Target:
     return weight if isinstance(weight, Target) else Target(weight, min(1, max(weight.ndim - 1, 0)), "tensor")
 
 
-def _checked(weights: Weights) -> dict[str, Target]:
+def checked(weights: Weights) -> dict[str, Target]:
+    """All weights as targets; ValueError for one that is NaN, complex or integer."""
     targets = {name: as_target(weight) for name, weight in weights.items()}
     for name, target in targets.items():
         weight = target.parameter

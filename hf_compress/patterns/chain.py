@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..targets import Target
 from .base import Pattern, check_progress, parse_pattern
+from .low_rank import LowRank
 from .quantized import Quantized
 
 _FORMS = '"A+B", such as 2:4+int8'
@@ -29,6 +30,8 @@ class Chain(Pattern):
     def __post_init__(self) -> None:
         if len(self.parts) < 2 or any(isinstance(p, (Quantized, Chain)) for p in self.parts[:-1]):
             raise ValueError(f"{self} is no pattern; allowed: {_FORMS}, with intB last")
+        if any(isinstance(p, LowRank) for p in self.parts):
+            raise ValueError(f"{self} is no pattern: zeros and rounding undo a rank; allowed: {_FORMS}")
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -54,7 +57,7 @@ class Chain(Pattern):
         return reasons[0] if len(reasons) == len(self.parts) else None
 
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        copies = {n: Target(t.parameter.detach().clone(), t.reduction_dim, t.kind) for n, t in weights.items()}
+        copies = {n: replace(t, parameter=t.parameter.detach().clone(), bias=None) for n, t in weights.items()}
         return self.compress_(copies)
 
     def compress_(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ...distributed import is_distributed, is_sharded, local, reshard, total_norm
 from ...patterns import Pattern, parse_patterns
 from ...patterns.masking import add_masked_, masked
-from ...targets import Target, find_targets, unwrap
+from ...structure import find_coupled_targets
+from ...targets import Target, unwrap
 
 _HALF = (torch.bfloat16, torch.float16)
 DEFAULT_PATTERNS = ("unstructured:0.5", "unstructured:0.7", "unstructured:0.9")
@@ -91,14 +93,16 @@ class CrAM(torch.optim.Optimizer):
         check_options(plus_reduction, every)
         self.plus, self.plus_reduction, self.normalize, self.every = plus, plus_reduction, normalize, every
         self.mask_gradient, self.seed = mask_gradient, seed
-        targets = find_targets(self.model, include, exclude)
+        targets = find_coupled_targets(self.model, include, exclude)
         if self.patterns and not any(t.parameter.requires_grad for t in targets.values()):
             raise ValueError(
                 f"no weight of {type(self.model).__name__} that a pattern may touch is trained "
                 f"({len(targets)} are frozen); unfreeze some, or choose others with include and exclude"
             )
         # Sharding replaces parameters after this, so that only names are kept.
-        self._targets = {name: (t.reduction_dim, t.kind) for name, t in targets.items()}
+        nothing = torch.empty(0)
+        self._targets = {name: replace(t, parameter=nothing, bias=None) for name, t in targets.items()}
+        self._biases = {name: f"{name.removesuffix('weight')}bias" for name, t in targets.items() if t.bias is not None}
         self.num_steps = 0
         self._is_compressed = False
         self._memory: list[torch.Tensor] = []
@@ -161,7 +165,8 @@ class CrAM(torch.optim.Optimizer):
     def _live_targets(self) -> dict[str, Target]:
         # Activation checkpointing wraps modules after the names were taken.
         live = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in self.model.named_parameters()}
-        return {n: Target(live[n], dim, kind) for n, (dim, kind) in self._targets.items()}
+        biases = {n: live.get(bias) for n, bias in self._biases.items()}
+        return {n: replace(t, parameter=live[n], bias=biases.get(n)) for n, t in self._targets.items()}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step of the wrapped optimizer with the gradients that are there."""
@@ -226,7 +231,8 @@ class _Ascent:
 
     def __init__(self, cram: CrAM, parameters: list[torch.Tensor], targets: dict[str, Target]) -> None:
         self.cram, self.parameters, self.targets = cram, parameters, targets
-        self.touched = {id(p): p for p in [*parameters, *(t.parameter for t in targets.values())]}
+        written = [p for t in targets.values() for p in (t.parameter, t.bias) if p is not None]
+        self.touched = {id(p): p for p in [*parameters, *written]}
         self.saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.unchanged = [] if cram.needs_second_gradient else [_gradient(p).clone() for p in parameters]
         self.aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -246,7 +252,7 @@ class _Ascent:
         in_float = {n: t for n, t in self.targets.items() if t.parameter.dtype not in _HALF}
         # Half a step of rho * g is lost in 8 bits of mantissa, so that targets are perturbed and selected in float32.
         in_half = {n: t for n, t in self.targets.items() if t.parameter.dtype in _HALF}
-        wide = {n: Target(t.parameter.float(), t.reduction_dim, t.kind) for n, t in in_half.items()}
+        wide = {n: replace(t, parameter=t.parameter.float()) for n, t in in_half.items()}
         rho = self._coefficient(grad_scale)
         for name, target in in_half.items():
             if target.parameter.grad is not None:

@@ -242,7 +242,8 @@ def _step_adamw(group: dict[str, Any], weights: list[torch.Tensor], state: Any) 
     adamw(
         weights,
         [p.grad for p in weights if p.grad is not None],
-        *([state[p][name] for p in weights] for name in ("exp_avg", "exp_avg_sq")),
+        [state[p]["exp_avg"] for p in weights],
+        [state[p]["exp_avg_sq"] for p in weights],
         [],
         [state[p]["step"] for p in weights],
         amsgrad=False,

@@ -64,7 +64,8 @@ class SFWMixin(CompressionMixin):
         model = self.accelerator.unwrap_model(self.model)
 
         def loss(called: Any, batch: Any) -> torch.Tensor:
-            return self.compute_loss(called, self._prepare_inputs(batch))
+            value: Any = self.compute_loss(called, self._prepare_inputs(batch))
+            return value
 
         with closing(self._endless_batches()) as batches:  # the generators are as they were when it is closed
             steps, lr = self.args.sfw_init_steps, self.args.sfw_init_learning_rate

@@ -29,30 +29,25 @@ class GroupOracle(Oracle):
         return sharded_like(part, direction)
 
     def move_(self, weight: torch.Tensor, index: int, share: torch.Tensor) -> None:
-        part = local(weight)
-        if part.device.type != "cpu":
+        part, direction, scale = local(weight), local(self.directions[index]), self.scales[index]
+        if part.device.type != "cpu" or not part.dtype == direction.dtype == scale.dtype:
             super().move_(weight, index, share)
         elif self.is_valid:
             share = share.to(part.dtype)
-            for piece, along, scale in zip(_rows(part), *self._vertex_of(index), strict=True):
-                piece.lerp_((wide(along) * scale).to(part.dtype), share)
+            part.mul_(1 - share).addcmul_(direction, scale * share)
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
-        for i, weight in enumerate(weights):
-            pieces = zip(_rows(local(weight)), *self._vertex_of(i), strict=True)
-            gaps = [(wide(along) * scale).sub_(w) for w, along, scale in pieces]
-            squares.append(sum(torch.linalg.vector_norm(gap, dtype=torch.float64).square() for gap in gaps))
+        for weight, direction, scale in zip(weights, self.directions, self.scales, strict=True):
+            rows = _rows(local(weight)), _rows(local(direction)), _rows(scale.expand(local(weight).shape))
+            gaps = [(wide(along) * s).sub_(w) for w, along, s in zip(*rows, strict=True)]
+            norms = torch.stack([torch.linalg.vector_norm(gap, dtype=torch.float64) for gap in gaps])
+            squares.append(norms.square().sum())
         return sum_over_shards(squares, weights)
-
-    def _vertex_of(self, index: int) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
-        """Pieces of the direction, and the numbers that they are multiplied with."""
-        direction = local(self.directions[index])
-        return _rows(direction), _rows(self.scales[index].expand(direction.shape))
 
 
 class GroupKSupportBall(Constraint):
-    """The convex hull of all weights with at most K groups that are not zero and a Euclidean norm of at most the radius.
+    """The convex hull of all weights with at most K groups beside zeros and a Euclidean norm of at most the radius.
 
     Its gauge is the k-support norm of the Euclidean norms of the groups. Groups that tie for the last of the K places
     share it.
@@ -101,7 +96,9 @@ class GroupKSupportBall(Constraint):
 
     def check(self, weights: Tensors) -> None:
         if not isinstance(self.axes, int) and len(self.axes) != len(weights):
-            raise ValueError(f"{self} has {len(self.axes)} axes, one for each tensor, but covers {len(weights)} tensors")
+            raise ValueError(
+                f"{self} has {len(self.axes)} axes, one for each tensor, but covers {len(weights)} tensors"
+            )
         for weight, axis in zip(weights, self._axes_of(weights), strict=True):
             if axis >= weight.ndim:
                 raise ValueError(f"{self} has groups along dimension {axis} of a weight of shape {tuple(weight.shape)}")
@@ -121,6 +118,7 @@ class GroupKSupportBall(Constraint):
         dual = (torch.where(above, squares, 0).sum() + missing * level).sqrt()
         dual = torch.where(squares.isfinite().all(), dual, torch.nan)
         factors = (above + tied * (missing / tied.sum())) * (-self.radius_of(directions) / dual)
+        factors = factors.clamp(min=torch.finfo(torch.float32).min)  # infinity times zero would be no zero
         return GroupOracle(directions, self._along_axes(factors, directions), dual)
 
     def count(self, tensors: Tensors) -> int:
@@ -183,9 +181,15 @@ def _parse_axes(axes: Axes) -> int | tuple[int, ...]:
 
 def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
     """The squared norm of every index along an axis, (size of the axis,), float64."""
-    others = [dim for dim in range(part.ndim + 1) if dim != axis]
-    norms = [torch.linalg.vector_norm(p.unsqueeze(-1), dim=others, dtype=torch.float64) for p in _rows(part)]
-    return torch.cat(norms).square() if axis == 0 else torch.stack(norms).square().sum(0)
+    others = [dim for dim in range(part.ndim + 1) if dim != axis]  # with one at the end, for a vector has no others
+    if part.device.type == "cpu":
+        if axis == 0:
+            squares = torch.linalg.vector_norm(wide(part).unsqueeze(-1), dim=others).double().square()
+        else:
+            squares = torch.stack([wide(p).unsqueeze(-1).square().sum(others) for p in _rows(part)]).double().sum(0)
+        if 1e-20 < squares.amax() < 1e30:  # no square that counts was too small or too large for float32
+            return squares
+    return torch.linalg.vector_norm(part.unsqueeze(-1), dim=others, dtype=torch.float64).square()
 
 
 def _rows_here(tensor: torch.Tensor) -> torch.Tensor:

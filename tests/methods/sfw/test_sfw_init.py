@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from hf_compress.methods.sfw import create_sfw, init
 from hf_compress.methods.sfw.init import sfw_init
 from tests.conftest import tiny_resnet
-from tests.methods.sfw.test_trainer import train
+from tests.methods.sfw.test_sfw_trainer import train
 
 REGION = "k_support(k=0.3, radius=3)"
 
