@@ -183,8 +183,10 @@ def _converted(action: Any, value: Any, hint: Any) -> Any:
         if NoneType in kinds:
             return None
         raise ValueError(f"the recipe has {action.dest}: null, but this flag needs a value; remove it for the default")
-    if action.nargs == "+":  # all of them take texts
+    if action.nargs == "+":
         values = value if isinstance(value, list) else [value]
+        if action.type is float and all(_is_a(v, float) for v in values):
+            return [float(v) for v in values]
         for number in (v for v in values if not isinstance(v, str)):
             raise ValueError(f"the recipe has {action.dest}: {number!r}, where a text is needed{_quoted(number)}")
         return values

@@ -27,7 +27,7 @@ def test_no_command_prints_the_usage(capsys):
     assert "hf-compress train RECIPE" in capsys.readouterr().out
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == hfc.__version__
-    assert "no command 'tarin'; there are: train, compress, recipes" in failure(capsys, "tarin")
+    assert "no command 'tarin'; there are: train, compress, report, push, recipes" in failure(capsys, "tarin")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--method", "cram", "-h"], ["--help", "digits_cram"]])

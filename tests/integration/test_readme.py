@@ -178,6 +178,37 @@ def test_numbers_of_cifar10_are_those_of_the_result():
         assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
 
 
+def test_numbers_of_sfw_are_those_of_the_result():
+    result = json.loads((ROOT / "recipes/benchmarks/results/digits_sfw.json").read_text())
+    arms = {
+        "K-sparse": ("k_sparse", "sgd_for_sparse"),
+        "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
+        "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
+        "group-K-support": ("group", "sgd_for_filters"),
+        "spectral K-support": ("spectral", "sgd_for_rank"),
+    }
+    rows = re.findall(rf"^\| ({'|'.join(arms)}) \| (\S+) \| (.*) \|$", README, re.M)
+    assert len(rows) == 11
+    for title, pattern, cells in rows:
+        ours, sgd = arms[title]
+        means = [result["mean"][arm][pattern] for arm in (ours, sgd)]
+        paired = result["minus_sgd"][ours][pattern]
+        wanted = [f"{m['mean']:.1f} ± {m['std']:.1f}" for m in means]
+        wanted.append(f"{paired['difference']:+.1f} ({paired['standard_error']:.1f})")
+        assert cells.split(" | ") == wanted
+    # Twice the standard error at the highest share of each pattern.
+    for arm, pattern in (("k_sparse", "unstructured:0.95"), ("group", "filters:0.5"), ("spectral", "low_rank:0.75")):
+        paired = result["minus_sgd"][arm][pattern]
+        assert paired["difference"] > 2 * paired["standard_error"]
+
+
+def test_the_rank_correlation_in_the_readme_is_that_of_the_result():
+    result = json.loads((ROOT / "recipes/benchmarks/results/report_ranking.json").read_text())
+    means = [net["mean"][result["score_of_the_report"]] for net in result["nets"].values()]
+    assert f"rank correlation of {means[0]:.2f} on the ResNet-20" in README
+    assert f"and of {means[1]:.2f} on a" in README
+
+
 def test_the_result_meets_its_bars():
     """Dense within half a point of SGD, and ahead after pruning by more than twice the standard error."""
     result = json.loads((ROOT / "recipes/benchmarks/results/digits_cram.json").read_text())

@@ -13,6 +13,7 @@ from PIL import Image
 import hf_compress as hfc
 from hf_compress.cli import run
 from hf_compress.cli.recipes import packaged, read_recipe
+from hf_compress.methods.registry import METHODS
 from hf_compress.patterns import parse_patterns
 from tests.conftest import ROOT, tiny_vit
 
@@ -75,11 +76,13 @@ def test_recipe_starts_and_gives_a_family(name, tmp_path, capsys, pictures, vit)
     assert run(command) == 0, capsys.readouterr().err
     family = hfc.load_family(tmp_path / "_family")
     assert [v.pattern for v in family.variants] == variants
-    assert all(v.metrics["accuracy"] is not None and v.sparsity > 0.2 for v in family.variants)
+    assert all(v.metrics["accuracy"] is not None for v in family.variants)
+    assert all(v.sparsity > 0.2 or v.parameters_removed > 0 for v in family.variants)
     # What the run says of itself is the recipe; what equals a default is left out.
     for key in ("rho", "patterns", "optim_args", "augmentation", "lr_scheduler_type"):
         assert family.recipe.get(key, recipe.get(key)) == recipe.get(key), key
-    assert family.recipe["learning_rate"] == float(recipe["learning_rate"])
+    default = METHODS[recipe["method"]].config_class.learning_rate
+    assert family.recipe.get("learning_rate", default) == float(recipe["learning_rate"])
     log = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert log["global_step"] == 2
 

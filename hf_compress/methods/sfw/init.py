@@ -92,7 +92,10 @@ def _slopes(
         if not inside:
             continue
         along = [gradient_of[id(p)] for p in inside]
-        vertices = group["constraint"].lmo([g.detach() for g in along])
+        oracle = group["constraint"].oracle([g.detach() for g in along])
+        if not oracle.is_valid:  # without gradient, as behind a norm that starts at zero, a weight stays where it is
+            continue
+        vertices = [oracle.vertex(i) for i in range(len(inside))]
         length = torch.stack([(p - v).square().sum() for p, v in zip(inside, vertices, strict=True)]).sum().sqrt()
         size = torch.stack([g.square().sum() for g in along]).sum().sqrt()
         share = (group["lr"] * size / length).clamp(0, 1)

@@ -99,6 +99,18 @@ def test_the_loss_after_one_step_falls_and_directions_stay():
     assert not opt.state
 
 
+def test_a_weight_without_gradient_stays_where_it_is():
+    model = net()
+    nn.init.zeros_(model[1].weight)  # as the last norm of a residual branch: nothing before it has a gradient
+    nn.init.constant_(model[1].bias, 0.5)
+    opt = create_sfw(model, REGION, lr=0.5, shrink=False)
+    first = model[0].weight.detach().clone()
+    scales = sfw_init(model, opt, batches(), loss, steps=3, lr=0.01)
+    assert scales["0.weight"] == 1
+    assert torch.equal(model[0].weight, first)
+    assert scales["4.weight"] != 1
+
+
 def test_too_few_batches_and_a_broken_loss_are_named():
     model = net()
     opt = create_sfw(model, REGION, shrink=False)

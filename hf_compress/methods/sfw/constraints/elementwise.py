@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ....distributed import gathered, local, sum_over_shards
+from ....distributed import gathered, local, sharded_like, sum_over_shards
 from ....selection import CHUNK, kth_largest_magnitude
 from .base import Constraint, Oracle, Tensors, check_k, count_of
 
@@ -27,7 +27,7 @@ class ElementwiseOracle(Oracle):
 
     def vertex(self, index: int) -> torch.Tensor:
         direction = self.directions[index]
-        return self.rule(_wide(local(direction))).to(direction.dtype)
+        return sharded_like(self.rule(_wide(local(direction))).to(direction.dtype), direction)
 
     def move_(self, weight: torch.Tensor, index: int, share: torch.Tensor) -> None:
         part, direction = local(weight), local(self.directions[index])

@@ -127,7 +127,8 @@ class GroupKSupportBall(Constraint):
         return count_of(self.k, self._num_groups(tensors))
 
     def gauge(self, weights: Tensors) -> torch.Tensor:
-        return k_support_norm(self._squares(weights).sqrt(), self.count(weights))
+        k = self.count(weights)
+        return k_support_norm(self._squares(weights).sqrt(), k)
 
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
         return 2.0
@@ -187,7 +188,7 @@ def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
             squares = torch.linalg.vector_norm(wide(part).unsqueeze(-1), dim=others).double().square()
         else:
             squares = torch.stack([wide(p).unsqueeze(-1).square().sum(others) for p in _rows(part)]).double().sum(0)
-        if 1e-20 < squares.amax() < 1e30:  # no square that counts was too small or too large for float32
+        if 1e-20 < squares.sum() < 1e30:  # no square that counts was too small or too large for float32
             return squares
     return torch.linalg.vector_norm(part.unsqueeze(-1), dim=others, dtype=torch.float64).square()
 

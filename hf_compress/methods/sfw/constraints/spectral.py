@@ -228,7 +228,7 @@ def _leading(matrix: torch.Tensor, count: int, memory: dict[str, Any] | None) ->
 
 
 def _followed(matrix: torch.Tensor, basis: torch.Tensor) -> Factors | None:
-    """Power steps from a basis of before, and Rayleigh-Ritz; None if they find no rest."""
+    """Power steps from a basis of before, and Rayleigh-Ritz; None if they find no rest, or what is not finite."""
     rows = basis.T @ matrix
     for step in range(_MOST_POWER_STEPS):
         before = torch.linalg.vector_norm(rows[:-1] if step == 0 else rows, dtype=torch.float64)
@@ -238,15 +238,11 @@ def _followed(matrix: torch.Tensor, basis: torch.Tensor) -> Factors | None:
         basis = torch.linalg.qr(_unit(matrix @ rows.T)).Q
         rows = basis.T @ matrix
         norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
-        if not norm > before * (1 + _GAIN):
-            break
-    else:
-        return None
-    if not norm.isfinite():
-        return basis, rows
-    unit = _unit(rows)
-    ritz = torch.linalg.eigh((unit @ unit.T).double()).eigenvectors.flip(1).to(rows.dtype)
-    return basis @ ritz, ritz.T @ rows
+        if norm <= before * (1 + _GAIN):
+            unit = _unit(rows)
+            ritz = torch.linalg.eigh((unit @ unit.T).double()).eigenvectors.flip(1).to(rows.dtype)
+            return basis @ ritz, ritz.T @ rows
+    return None
 
 
 def _exact(matrix: torch.Tensor, count: int) -> torch.Tensor:
