@@ -67,18 +67,14 @@ def convnext():
     return t.ConvNextForImageClassification(config)
 
 
-def maskformer():
+def laguna():
     """Names of its model match rules of transformers that are meant for other names on disk."""
     import transformers as t
 
     t.set_seed(0)
-    stages = {"depths": [1] * 4, "num_heads": [1] * 4, "out_features": [f"stage{i}" for i in range(1, 5)]}
-    backbone = t.SwinConfig(image_size=32, patch_size=4, embed_dim=8, **stages)
-    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("attention_heads", "layers")}
-    decoder = t.DetrConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=3, **sides)
-    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": 2}
-    config = t.MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **sizes)
-    return t.MaskFormerForInstanceSegmentation(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    return t.LagunaForCausalLM(t.LagunaConfig(**sizes, **experts, head_dim=8, vocab_size=64))
 
 
 def double_vit():

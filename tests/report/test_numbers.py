@@ -16,7 +16,7 @@ from hf_compress.report import inspect_checkpoint
 from hf_compress.report.measure import GRID
 from tests.conftest import tiny_bert, tiny_resnet, tiny_vit
 from tests.report.nets import NETS, convnext, gpt2, with_ties
-from tests.report.test_layers import loaded
+from tests.report.test_stored_layers import loaded
 
 PATTERNS = [str(p) for p in GRID]
 CHAINS = ["2:4+int8", "unstructured:0.8+int8", "unstructured:0.5:layer+2:4", "unstructured:0.5+2:4+int4", "int3"]

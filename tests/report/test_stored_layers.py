@@ -12,7 +12,7 @@ import hf_compress as hfc
 from hf_compress.report.checkpoint import open_checkpoint
 from hf_compress.report.layers import find_layers
 from tests.conftest import tiny_bert, tiny_resnet, tiny_vit
-from tests.report.nets import NETS, convnext, dinov2, maskformer
+from tests.report.nets import NETS, convnext, dinov2, laguna
 
 
 def loaded(model, folder):
@@ -31,7 +31,7 @@ def assert_same(found, model, exclude=None):
         assert layer.target.conv_groups == wanted.conv_groups
 
 
-@pytest.mark.parametrize("net", [*NETS, maskformer], ids=lambda net: net.__name__)
+@pytest.mark.parametrize("net", [*NETS, laguna], ids=lambda net: net.__name__)
 def test_layers_are_those_of_the_loaded_model(tmp_path, net):
     model = net()
     model.save_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_layers_are_those_of_the_loaded_model(tmp_path, net):
     assert_same(found, loaded(model, tmp_path))
 
 
-@pytest.mark.parametrize("net", [*NETS, maskformer], ids=lambda net: net.__name__)
+@pytest.mark.parametrize("net", [*NETS, laguna], ids=lambda net: net.__name__)
 def test_a_file_with_the_names_of_the_model(tmp_path, net):
     """As a state dict has them, which is not as save_pretrained writes them; transformers takes both."""
     model = net()
