@@ -12,6 +12,8 @@ import hf_compress as hfc
 from tests.conftest import tiny_vit
 from tests.distributed.launch import launch
 
+pytestmark = pytest.mark.slow  # real processes: 30 seconds and more in all
+
 WEIGHT = "vit.layers.1.mlp.fc2.weight"
 SCENARIOS = ["lock", "lock_adamw", "free", "dense", "corner", "gradual", "gradual_layer", "gradual_groups", "damaged"]
 

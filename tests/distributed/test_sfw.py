@@ -9,6 +9,8 @@ import torch
 
 from tests.distributed.launch import largest_difference, launch, run
 
+pytestmark = pytest.mark.slow  # real processes: 30 seconds and more in all
+
 FLAGS = ["--method", "sfw", "--constraint", "k_support(k=0.2, radius=init:1)"]
 
 

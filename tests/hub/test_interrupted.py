@@ -13,6 +13,8 @@ import pytest
 
 from tests.hub.server import HubServer
 
+pytestmark = pytest.mark.slow  # real processes: 30 seconds and more in all
+
 PUSH = "import sys; import hf_compress as hfc; hfc.load_family(sys.argv[1]).push_to_hub('six')"
 
 
