@@ -20,7 +20,7 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from ...distributed import local, sum_over_shards
+from ...distributed import local
 from .constraints import Constraint, parse_constraint
 
 RESCALES = ("none", "diameter", "gradient", "fast_gradient")
@@ -128,7 +128,7 @@ class SFW(torch.optim.Optimizer):
         constraint: Constraint = group["constraint"]
         oracle = constraint.oracle(directions, [self.state[p] for p in weights])
         is_valid = oracle.is_valid
-        share = (_factor(group, oracle, directions, weights) * group["lr"]).clamp(0, 1)
+        share = (_factor(group, oracle, weights) * group["lr"]).clamp(0, 1)
         share = torch.where(is_valid, share, 0).nan_to_num(0)
         gap = None
         if self.tracks_gap:
@@ -149,6 +149,8 @@ class SFW(torch.optim.Optimizer):
             buffer, here = local(state["momentum_buffer"]), local(gradient)
             if group["dampening"] == group["momentum"]:
                 buffer.lerp_(here, 1 - group["momentum"])
+            elif group["dampening"] == 0:
+                torch.add(here, buffer, alpha=group["momentum"], out=buffer)
             else:
                 buffer.mul_(group["momentum"]).add_(here, alpha=1 - group["dampening"])
         return state["momentum_buffer"]
@@ -187,7 +189,7 @@ class SFW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def _factor(group: dict[str, Any], oracle: Any, directions: Any, weights: Any) -> torch.Tensor:
+def _factor(group: dict[str, Any], oracle: Any, weights: Any) -> torch.Tensor:
     """By what the learning rate is multiplied."""
     mode, constraint = group["rescale"], group["constraint"]
     if mode == "none":
@@ -195,9 +197,7 @@ def _factor(group: dict[str, Any], oracle: Any, directions: Any, weights: Any) -
     diameter = constraint.radius_of(weights) * constraint.diameter_of_unit_ball(weights)
     if mode == "diameter":
         return torch.full_like(oracle.dual, 1 / diameter)
-    squares = [torch.linalg.vector_norm(local(d), dtype=torch.float64).square() for d in directions]
-    norm = sum_over_shards(squares, directions).sqrt()
-    return norm / (diameter / 2 if mode == "fast_gradient" else oracle.squared_distance(weights).sqrt())
+    return oracle.norm() / (diameter / 2 if mode == "fast_gradient" else oracle.squared_distance(weights).sqrt())
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -228,6 +228,7 @@ def _step_sgd(group: dict[str, Any], weights: list[torch.Tensor], state: Any) ->
         dampening=group["dampening"],
         nesterov=False,
         maximize=False,
+        fused=all(p.device.type in ("cpu", "cuda") for p in weights),
     )
     for parameter, buffer in zip(weights, buffers, strict=True):
         if group["momentum"]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ....distributed import local, sum_over_shards
+from .chunks import squared_norm
 
 Tensors = Sequence[torch.Tensor]
 _SIZES = 'a positive number, "init:VALUE" or "weights:VALUE"'
@@ -51,6 +52,10 @@ class Oracle(ABC):
         elif not self.is_valid:
             return
         part.lerp_(vertex.to(part.dtype), share.to(part.dtype))
+
+    def norm(self) -> torch.Tensor:
+        """The Euclidean norm of the directions, a 0-dim float64 tensor."""
+        return sum_over_shards([squared_norm(g) for g in self.directions], self.directions).sqrt()
 
     def inner(self, weights: Tensors) -> torch.Tensor:
         """<directions, weights>, a 0-dim float64 tensor."""

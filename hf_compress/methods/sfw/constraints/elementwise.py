@@ -6,14 +6,15 @@ Sharded directions need no gathering: thresholds and norms are all that ranks ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ....distributed import gathered, local, sharded_like, sum_over_shards
-from ....selection import CHUNK, kth_largest_magnitude
+from ....selection import kth_largest_magnitude
 from .base import Constraint, Oracle, Tensors, check_k, count_of
+from .chunks import chunks, pieces, square_sum, squared_norm, summed, wide
 
 # From a part of the direction, in float32 or float64, to the same part of the vertex, in memory of its own.
 Rule = Callable[[torch.Tensor], torch.Tensor]
@@ -27,7 +28,7 @@ class ElementwiseOracle(Oracle):
 
     def vertex(self, index: int) -> torch.Tensor:
         direction = self.directions[index]
-        return sharded_like(self.rule(_wide(local(direction))).to(direction.dtype), direction)
+        return sharded_like(self.rule(wide(local(direction))).to(direction.dtype), direction)
 
     def move_(self, weight: torch.Tensor, index: int, share: torch.Tensor) -> None:
         part, direction = local(weight), local(self.directions[index])
@@ -35,21 +36,21 @@ class ElementwiseOracle(Oracle):
             super().move_(weight, index, share)
         elif self.is_valid:
             share = share.to(part.dtype)
-            for piece, along in zip(_chunks(part), _chunks(direction), strict=True):
-                piece.lerp_(self.rule(_wide(along)).to(part.dtype), share)
+            for piece, along in zip(chunks(part), chunks(direction), strict=True):
+                piece.lerp_(self.rule(wide(along)).to(part.dtype), share)
 
     def inner(self, weights: Tensors) -> torch.Tensor:
         products = []
         for weight, direction in zip(weights, self.directions, strict=True):
-            pieces = zip(_chunks(local(weight)), _chunks(local(direction)), strict=True)
-            products.append(_sum((_wide(g).double() * w).sum() for w, g in pieces))
+            pieces = zip(chunks(local(weight)), chunks(local(direction)), strict=True)
+            products.append(summed((wide(g).double() * w).sum() for w, g in pieces))
         return sum_over_shards(products, weights)
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
         for weight, direction in zip(weights, self.directions, strict=True):
-            pieces = zip(_chunks(local(weight)), _chunks(local(direction)), strict=True)
-            squares.append(_sum(_square_sum(self.rule(_wide(g)).sub_(w)) for w, g in pieces))
+            pieces = zip(chunks(local(weight)), chunks(local(direction)), strict=True)
+            squares.append(summed(square_sum(self.rule(wide(g)).sub_(w)) for w, g in pieces))
         return sum_over_shards(squares, weights)
 
 
@@ -82,11 +83,14 @@ class LpBall(Constraint):
         if self.p == 1:
             return _largest_entries(directions, 1, radius, is_polytope=True)
         if self.p == math.inf:
-            dual = sum_over_shards([_sum(_abs_sum(x) for x in _pieces(g)) for g in directions], directions)
+            dual = sum_over_shards([summed(_abs_sum(x) for x in pieces(g)) for g in directions], directions)
             return ElementwiseOracle(directions, dual, lambda g: g.sign().mul_(-radius))
+        if self.p == 2:
+            norm = sum_over_shards([squared_norm(g) for g in directions], directions).sqrt()
+            return ElementwiseOracle(directions, norm, lambda g: (g / norm.to(g.dtype)).mul_(-radius))
         # Powers of entries over the largest one neither overflow nor vanish.
         largest, q = _largest(directions), self.p / (self.p - 1)
-        powers = [_sum(_power_sum(x, largest, q) for x in _pieces(g)) for g in directions]
+        powers = [summed(_power_sum(x, largest, q) for x in pieces(g)) for g in directions]
         norm = sum_over_shards(powers, directions).pow(1 / q)
 
         def rule(g: torch.Tensor) -> torch.Tensor:
@@ -100,7 +104,7 @@ class LpBall(Constraint):
         if self.p == math.inf:
             return largest
         scale = torch.where(largest > 0, largest, 1)
-        powers = [_sum(_power_sum(x, scale, self.p) for x in _pieces(w)) for w in weights]
+        powers = [summed(_power_sum(x, scale, self.p) for x in pieces(w)) for w in weights]
         return scale * sum_over_shards(powers, weights).pow(1 / self.p)
 
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
@@ -116,10 +120,10 @@ class LpBall(Constraint):
             for weight in weights:
                 local(weight).clamp_(-radius, radius)
         elif self.p == 1:
-            excess = _excess_over(torch.cat([_wide(gathered(w)).abs().flatten() for w in weights]), radius)
+            excess = _excess_over(torch.cat([wide(gathered(w)).abs().flatten() for w in weights]), radius)
             for weight in weights:
                 part = local(weight)
-                part.copy_((_wide(part).abs() - excess.to(_wide(part).dtype)).clamp_(min=0).copysign_(part))
+                part.copy_((wide(part).abs() - excess.to(wide(part).dtype)).clamp_(min=0).copysign_(part))
         else:
             super().project_(weights)
 
@@ -159,7 +163,7 @@ class KSparsePolytope(Constraint):
         return count_of(self.k, _numel(tensors))
 
     def gauge(self, weights: Tensors) -> torch.Tensor:
-        total = sum_over_shards([_sum(_abs_sum(x) for x in _pieces(w)) for w in weights], weights)
+        total = sum_over_shards([summed(_abs_sum(x) for x in pieces(w)) for w in weights], weights)
         return torch.maximum(_largest(weights), total / self.count(weights))
 
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
@@ -217,7 +221,11 @@ def _largest_entries(directions: Tensors, k: int, radius: float, is_polytope: bo
     the average of the best vertices.
     """
     threshold = kth_largest_magnitude(directions, k).double()
-    stats = sum_over_shards([_sum(_stats(x, threshold) for x in _pieces(g)) for g in directions], directions)
+    if all(local(g).device.type == "cpu" for g in directions):
+        oracle = _untied_entries(directions, k, threshold, radius, is_polytope)
+        if oracle is not None:
+            return oracle
+    stats = sum_over_shards([summed(_stats(x, threshold) for x in pieces(g)) for g in directions], directions)
     num_above, num_tied, total, squares = stats
     missing = k - num_above
     dual = total + missing * threshold if is_polytope else (squares + missing * threshold**2).sqrt()
@@ -233,12 +241,42 @@ def _largest_entries(directions: Tensors, k: int, radius: float, is_polytope: bo
     return ElementwiseOracle(directions, dual, rule)
 
 
+def _untied_entries(
+    directions: Tensors, k: int, threshold: torch.Tensor, radius: float, is_polytope: bool
+) -> Oracle | None:
+    """`_largest_entries` where precisely K entries reach the threshold, as they do unless some tie; None otherwise.
+
+    Shrinking an entry hard keeps it where it is above a limit: here the number just below the threshold.
+    """
+    dtypes = {wide(local(g)).dtype for g in directions}
+    if len(dtypes) > 1:
+        return None
+    limit = torch.nextafter(threshold.to(dtypes.pop()), torch.zeros(())).item()
+
+    def stats(g: torch.Tensor) -> torch.Tensor:
+        kept = torch.nn.functional.hardshrink(g, limit)
+        size = kept.abs().sum(dtype=torch.float64) if is_polytope else square_sum(kept)
+        return torch.stack([torch.count_nonzero(kept).double(), size])
+
+    count, size = sum_over_shards([summed(map(stats, pieces(g))) for g in directions], directions)
+    if count != k:
+        return None
+    if is_polytope:
+        return ElementwiseOracle(
+            directions, size, lambda g: torch.nn.functional.hardshrink(g, limit).sign_().mul_(-radius)
+        )
+    dual = size.sqrt()  # a radius over a small one would be more than a float32 can hold
+    return ElementwiseOracle(
+        directions, dual, lambda g: torch.nn.functional.hardshrink(g, limit).div_(dual.item()).mul_(-radius)
+    )
+
+
 def _stats(g: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """How many entries lie above and at the threshold, and the sum and the squares of those above."""
     magnitude, level = g.abs(), threshold.to(g.dtype)
     above = torch.where(magnitude > level, magnitude, 0)
     tied = (magnitude == level).sum(dtype=torch.float64)
-    return torch.stack([(above > 0).sum(dtype=torch.float64), tied, above.sum(dtype=torch.float64), _square_sum(above)])
+    return torch.stack([(above > 0).sum(dtype=torch.float64), tied, above.sum(dtype=torch.float64), square_sum(above)])
 
 
 def _excess_over(magnitudes: torch.Tensor, radius: float) -> torch.Tensor:
@@ -263,31 +301,5 @@ def _abs_sum(x: torch.Tensor) -> torch.Tensor:
     return x.abs().sum(dtype=torch.float64)
 
 
-def _square_sum(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
-
-
-def _sum(values: Iterator[torch.Tensor]) -> torch.Tensor:
-    total = next(values)
-    for value in values:
-        total = total + value
-    return total
-
-
 def _numel(tensors: Tensors) -> int:
     return sum(t.numel() for t in tensors)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The part of a tensor on this rank, in float32 or float64, in chunks."""
-    return (_wide(chunk) for chunk in _chunks(local(tensor)))
-
-
-def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Pieces that fit the cache of a CPU; the whole tensor elsewhere, at least one piece."""
-    size = CHUNK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
-    yield from tensor.detach().reshape(-1).split(size)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ....distributed import dealt_like, local, sharded_like, sum_over_shards
-from ....selection import CHUNK
 from .base import Constraint, Oracle, Tensors, check_k, count_of
-from .elementwise import _wide as wide
+from .chunks import rows, square_sum, summed, wide
 from .elementwise import k_support_norm
 
 Axes = int | str | Sequence[int]
@@ -20,8 +19,11 @@ Axes = int | str | Sequence[int]
 class GroupOracle(Oracle):
     """A vertex that is the direction times one number for each index along the axis of its groups."""
 
-    def __init__(self, directions: Tensors, scales: list[torch.Tensor], dual: torch.Tensor) -> None:
-        self.directions, self.scales, self.dual = directions, scales, dual
+    def __init__(self, directions: Tensors, scales: list[torch.Tensor], dual: torch.Tensor, norm: torch.Tensor) -> None:
+        self.directions, self.scales, self.dual, self._norm = directions, scales, dual, norm
+
+    def norm(self) -> torch.Tensor:
+        return self._norm
 
     def vertex(self, index: int) -> torch.Tensor:
         direction = self.directions[index]
@@ -33,17 +35,34 @@ class GroupOracle(Oracle):
         if part.device.type != "cpu" or not part.dtype == direction.dtype == scale.dtype:
             super().move_(weight, index, share)
         elif self.is_valid:
-            share = share.to(part.dtype)
-            part.mul_(1 - share).addcmul_(direction, scale * share)
+            share, kept = share.to(part.dtype), self._few_rows(index)
+            part.mul_(1 - share)
+            if kept is None:
+                part.addcmul_(direction, scale * share)
+            else:
+                part.index_add_(0, kept, direction.index_select(0, kept).mul_(scale.index_select(0, kept) * share))
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
-        for weight, direction, scale in zip(weights, self.directions, self.scales, strict=True):
-            rows = _rows(local(weight)), _rows(local(direction)), _rows(scale.expand(local(weight).shape))
-            gaps = [(wide(along) * s).sub_(w) for w, along, s in zip(*rows, strict=True)]
-            norms = torch.stack([torch.linalg.vector_norm(gap, dtype=torch.float64) for gap in gaps])
-            squares.append(norms.square().sum())
+        for index, weight in enumerate(weights):
+            part, direction, scale = local(weight), local(self.directions[index]), self.scales[index]
+            kept = self._few_rows(index)
+            if kept is None:
+                pieces = zip(rows(part), rows(direction), rows(scale, part), strict=True)
+                squares.append(summed(square_sum(torch.addcmul(wide(w), wide(g), s, value=-1)) for w, g, s in pieces))
+            else:
+                w, g, s = (wide(t.index_select(0, kept)) for t in (part, direction, scale))
+                elsewhere = _squares_along(part, 0).index_fill_(0, kept, 0)
+                squares.append(elsewhere.sum() + square_sum(torch.addcmul(w, g, s, value=-1)))
         return sum_over_shards(squares, weights)
+
+    def _few_rows(self, index: int) -> torch.Tensor | None:
+        """The rows that a vertex does not leave zero, on a CPU where they are few; None elsewhere."""
+        scale = self.scales[index]
+        if scale.device.type != "cpu" or scale.numel() != scale.shape[0]:
+            return None
+        kept = scale.flatten().nonzero().flatten()
+        return kept if 8 * kept.numel() <= scale.numel() else None
 
 
 class GroupKSupportBall(Constraint):
@@ -119,7 +138,7 @@ class GroupKSupportBall(Constraint):
         dual = torch.where(squares.isfinite().all(), dual, torch.nan)
         factors = (above + tied * (missing / tied.sum())) * (-self.radius_of(directions) / dual)
         factors = factors.clamp(min=torch.finfo(torch.float32).min)  # infinity times zero would be no zero
-        return GroupOracle(directions, self._along_axes(factors, directions), dual)
+        return GroupOracle(directions, self._along_axes(factors, directions), dual, squares.sum().sqrt())
 
     def count(self, tensors: Tensors) -> int:
         """K for these tensors."""
@@ -187,7 +206,7 @@ def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
         if axis == 0:
             squares = torch.linalg.vector_norm(wide(part).unsqueeze(-1), dim=others).double().square()
         else:
-            squares = torch.stack([wide(p).unsqueeze(-1).square().sum(others) for p in _rows(part)]).double().sum(0)
+            squares = torch.stack([wide(p).unsqueeze(-1).square().sum(others) for p in rows(part)]).double().sum(0)
         if 1e-20 < squares.sum() < 1e30:  # no square that counts was too small or too large for float32
             return squares
     return torch.linalg.vector_norm(part.unsqueeze(-1), dim=others, dtype=torch.float64).square()
@@ -196,9 +215,3 @@ def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
 def _rows_here(tensor: torch.Tensor) -> torch.Tensor:
     """The numbers of the rows that lie on this rank."""
     return local(dealt_like(torch.arange(tensor.shape[0], device=local(tensor).device), tensor))
-
-
-def _rows(part: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Pieces of whole rows that fit the cache of a CPU; the whole tensor elsewhere."""
-    size = CHUNK * part.shape[0] // max(part.numel(), 1) if part.device.type == "cpu" else part.shape[0]
-    yield from part.split(max(size, 1))

@@ -1,0 +1,65 @@
+"""Work on tensors piece by piece, so that a piece stays in the cache of a CPU, and sums of squares of such pieces."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ....distributed import local
+from ....selection import CHUNK
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64 if it is so, in float32 otherwise."""
+    return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+
+def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Pieces that fit the cache of a CPU; the whole tensor elsewhere, at least one piece."""
+    size = CHUNK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
+    yield from tensor.detach().reshape(-1).split(size)
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The part of a tensor on this rank, in float32 or float64, in chunks."""
+    return (wide(chunk) for chunk in chunks(local(tensor)))
+
+
+def rows(part: torch.Tensor, beside: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """Pieces of whole rows that fit the cache of a CPU; the whole tensor elsewhere.
+
+    Args:
+        part: which is split; with one row beside several, it is given for each piece of those.
+        beside: by whose size it is split, its own by default.
+    """
+    of = part if beside is None else beside
+    size = max(1, CHUNK * of.shape[0] // max(of.numel(), 1)) if of.device.type == "cpu" else max(1, of.shape[0])
+    if part.shape[0] != of.shape[0]:
+        return itertools.repeat(part, max(1, math.ceil(of.shape[0] / size)))
+    return iter(part.split(size))
+
+
+def summed(values: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one value."""
+    total = next(values)
+    for value in values:
+        total = total + value
+    return total
+
+
+def square_sum(piece: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of a piece, a 0-dim float64 tensor with a relative error below 1e-6, whatever the scale."""
+    if piece.device.type == "cpu" and piece.dtype == torch.float32 and piece.numel():
+        flat = piece.reshape(-1)
+        total = torch.dot(flat, flat).item()
+        if 1e-20 < total < 1e30:  # no square that counts was too small or too large for float32
+            return torch.tensor(total, dtype=torch.float64)
+    return torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """`square_sum` of the part of a tensor on this rank."""
+    return summed(map(square_sum, pieces(tensor)))

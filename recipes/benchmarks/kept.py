@@ -1,0 +1,52 @@
+"""Runs of a benchmark that are kept as files: an interrupted one goes on, in several processes if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+
+
+def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], only: bool = True) -> Run | None:
+    """The result of one run: read from its file, or measured now and written to it.
+
+    Args:
+        folder: where the files are.
+        settings: all that the result depends on; their hash names the file.
+        measure: makes the result of the settings.
+        only: False looks without measuring.
+    """
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        if not only:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({"settings": settings, **measure(settings)}))
+        aside.replace(path)
+    result: Run = json.loads(path.read_text())
+    return result
+
+
+def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run], part: str) -> list[Run] | None:
+    """The results of all runs, in their order; None while other processes still owe some.
+
+    Args:
+        folder: see `kept`.
+        runs: the settings of each.
+        measure: see `kept`.
+        part: "1/2" measures every second run, beginning with the first, "1/1" all.
+    """
+    this, of = map(int, part.split("/"))
+    for i, settings in enumerate(runs):
+        if i % of == this - 1:
+            result = kept(folder, settings, measure)
+            print({k: v for k, v in (result or {}).items() if k != "settings"}, settings, flush=True)
+    found = [kept(folder, settings, measure, only=False) for settings in runs]
+    return None if None in found else [r for r in found if r is not None]
