@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers.utils import logging
 
+from .data import check_counts, hold_out, load_splits, some, used_splits
 from .metrics import accuracy
 from .timm_input import (
     INPUT_KEYS,
@@ -84,10 +84,7 @@ class ImageClassificationArguments:
             raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}; got {self.augmentation!r}")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
-        for name in ("max_train_samples", "max_eval_samples"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}; leave it out to use all")
+        check_counts(max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples)
 
 
 def prepare(args: ImageClassificationArguments) -> dict[str, Any]:
@@ -138,23 +135,14 @@ def digits() -> Dataset:
 def _load_data(args: ImageClassificationArguments) -> tuple[Dataset, Dataset, str, str]:
     """The samples to train and to evaluate on, and their columns of images and labels; labels are classes."""
     name, seed = args.dataset_name, args.data_seed_split
-    if name == "digits":
-        splits = DatasetDict({"train": digits()})
-    elif (Path(name) / "dataset_dict.json").is_file():
-        splits = load_from_disk(name)
-    else:
-        splits = load_dataset(name, args.dataset_config_name)
-    evaluated = args.eval_split or next((s for s in ("validation", "test") if s in splits), None)
-    used = ["train", *([evaluated] if evaluated else [])]
-    for split in used:
-        if split not in splits:
-            raise ValueError(f"{name} has no split {split!r}; there are: {', '.join(splits)}")
+    splits = DatasetDict({"train": digits()}) if name == "digits" else load_splits(name, args.dataset_config_name)
+    used = used_splits(splits, name, args.eval_split)
     image_column, label_column = _columns(args, splits, used)
     classes = _classes(splits, used, label_column, name)
     train, *others = (_with_classes(splits[split], split, label_column, classes, name) for split in used)
     if not others:
-        train, *others = _hold_out(train, args.validation_share, seed, label_column)
-    train, evaluation = _some(train, args.max_train_samples, seed), _some(others[0], args.max_eval_samples, seed)
+        train, *others = hold_out(train, args.validation_share, seed, label_column)
+    train, evaluation = some(train, args.max_train_samples, seed), some(others[0], args.max_eval_samples, seed)
     return train, evaluation, image_column, label_column
 
 
@@ -214,21 +202,6 @@ def _with_classes(dataset: Dataset, split: str, column: str, classes: ClassLabel
 
 def _is_unlabelled(value: Any) -> bool:
     return value is None or (not isinstance(value, str) and value < 0)
-
-
-def _hold_out(dataset: Dataset, share: float, seed: int, column: str) -> tuple[Dataset, Dataset]:
-    """Training data in two parts, by class where every class has enough samples."""
-    try:
-        parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=column)
-    except ValueError as error:
-        logger.warning(f"the held-out share is drawn without regard to classes: {error}")
-        parts = dataset.train_test_split(test_size=share, seed=seed)
-    return parts["train"], parts["test"]
-
-
-def _some(dataset: Dataset, count: int | None, seed: int) -> Dataset:
-    """So many samples at random: the first ones of a folder of images are of one class."""
-    return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
 
 
 def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
