@@ -27,6 +27,7 @@ _PUBLIC = {
     "training": ("CompressionArguments", "CompressionMixin"),
     "callbacks": ("GradualPruning", "SparsityLock", "merge_lora"),
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
+    "tasks.spans": ("Answer", "answer"),
     "methods.sfw": ("SFW", "SFWConfig", "SFWMixin", "SFWTrainer", "create_sfw"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from .patterns import parse_pattern as parse_pattern
     from .targets import Target as Target
     from .targets import find_targets as find_targets
+    from .tasks.spans import Answer as Answer
+    from .tasks.spans import answer as answer
     from .training import CompressionArguments as CompressionArguments
     from .training import CompressionMixin as CompressionMixin
 
