@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...training import CompressionArguments
-from .factory import SCOPES, region_of
+from .factory import GROUPINGS, SCOPES, check_grouping, region_of
 from .optimizer import FREE, RESCALES
 
 
@@ -27,6 +27,8 @@ class SFWConfig(CompressionArguments):
             models).
         diameter: of the region, instead of the radius.
         scope: "tensor" for a region of each weight, "global" for one that holds them all.
+        group_by: what a group of group_k_support is: "filters", "neurons" of feed-forward pairs or "heads" of
+            attentions. Weights that share neurons or heads lie in one ball, all other targets in L2 balls.
         momentum: in [0, 1).
         dampening: 0 for heavy ball; the value of momentum averages gradients.
         rescale: "none", "diameter", "gradient" or "fast_gradient": what the learning rate is multiplied by.
@@ -45,6 +47,7 @@ class SFWConfig(CompressionArguments):
     radius: str | None = field(default=None, metadata={"help": "A number, init:VALUE or weights:VALUE."})
     diameter: float | None = field(default=None, metadata={"help": "Of the region, instead of the radius."})
     scope: str = field(default="tensor", metadata={"help": " | ".join(SCOPES)})
+    group_by: str = field(default="filters", metadata={"help": "Of group_k_support: " + " | ".join(GROUPINGS)})
     momentum: float = field(default=0.9, metadata={"help": "Of the gradient, in [0, 1)."})
     dampening: float = field(default=0.0, metadata={"help": "0, or the value of momentum to average gradients."})
     rescale: str = field(default="gradient", metadata={"help": " | ".join(RESCALES)})
@@ -59,7 +62,9 @@ class SFWConfig(CompressionArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.constraint = str(region_of(self.constraint, self.k_value, self.radius, self.diameter))
+        region = region_of(self.constraint, self.k_value, self.radius, self.diameter)
+        check_grouping(region, self.scope, self.group_by)
+        self.constraint = str(region)
         if not isinstance(self.sfw_init_steps, int) or self.sfw_init_steps < 0:
             raise ValueError(f"sfw_init_steps must be a whole number of at least 0, got {self.sfw_init_steps!r}")
         for share in self.lr_drops or []:

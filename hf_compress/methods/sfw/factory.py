@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...targets import Target, find_targets, unwrap
+from ...structure import find_coupled_targets
+from ...targets import Groups, Target, find_targets, unwrap
 from .constraints import Constraint, LpBall, parse_constraint
 from .constraints.group import GroupKSupportBall
 from .optimizer import SFW
 
 SCOPES = ("tensor", "global")
+GROUPINGS = ("filters", "neurons", "heads")
 
 
 def create_sfw(
@@ -27,6 +29,7 @@ def create_sfw(
     dampening: float = 0.0,
     rescale: str = "gradient",
     scope: str = "tensor",
+    group_by: str = "filters",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     free: str = "sgd",
@@ -38,7 +41,8 @@ def create_sfw(
     """`SFW` for a model: its targets in regions, everything else (biases, norms, embeddings, task heads) without.
 
     A group-K-support ball holds the filters of convolutions; other targets of a model with convolutions then get an L2
-    ball of the same size, as in the paper.
+    ball of the same size, as in the paper. With `group_by` it holds neurons or heads instead, one ball for all trained
+    weights that share them (see `structure.find_coupled_targets`), and targets without any get the L2 ball.
 
     Args:
         model: whose parameters are trained.
@@ -51,6 +55,8 @@ def create_sfw(
         dampening: see `SFW`.
         rescale: see `SFW`.
         scope: "tensor" for a region of each weight, "global" for one that holds them all.
+        group_by: what a group of group_k_support is: "filters", or rows where there are no convolutions; "neurons" of
+            feed-forward pairs; "heads" of attentions. A weight with parts in two pairs lies in the ball of the first.
         include: globs on names of weights, see `find_targets`.
         exclude: globs on names of weights, see `find_targets`.
         free: optimizer of the other parameters, "sgd" or "adamw".
@@ -60,18 +66,19 @@ def create_sfw(
         **options: further arguments of `SFW`.
 
     Raises:
-        ValueError: for a model without targets, a wrong glob, or what `SFW` and `parse_constraint` refuse.
+        ValueError: for a model without targets, or without neurons or heads where these are asked for, a wrong glob, or
+            what `SFW` and `parse_constraint` refuse.
     """
     model = unwrap(model)
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     region = region_of(constraint, k, radius, diameter)
-    targets = {n: t for n, t in find_targets(model, include, exclude).items() if t.parameter.requires_grad}
+    check_grouping(region, scope, group_by)
+    find = find_targets if group_by == "filters" else find_coupled_targets
+    targets = {n: t for n, t in find(model, include, exclude).items() if t.parameter.requires_grad}
     if not targets:
         raise ValueError(f"{type(model).__name__} has no trained weight that a constraint could cover")
     inside = {id(t.parameter) for t in targets.values()}
     others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    groups = constrained_groups(targets, region, scope)
+    groups = constrained_groups(targets, region, scope, group_by)
     if others:
         groups.append({"params": others, "constraint": None, "lr": lr if free_lr is None else free_lr})
     optimizer = SFW(groups, lr, momentum, dampening, rescale, free=free, weight_decay=weight_decay, **options)
@@ -89,14 +96,57 @@ def region_of(
     return parse_constraint(constraint, k=0.05 if k is None else k, radius=radius, diameter=diameter)
 
 
-def constrained_groups(targets: dict[str, Target], region: Constraint, scope: str) -> list[dict[str, Any]]:
+def check_grouping(region: Constraint, scope: str, group_by: str) -> None:
+    """ValueError unless a region can have this scope and these groups."""
+    for name, value, allowed in (("scope", scope, SCOPES), ("group_by", group_by, GROUPINGS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if group_by == "filters":
+        return
+    if not isinstance(region, GroupKSupportBall):
+        raise ValueError(f"group_by={group_by!r} needs the constraint group_k_support, got {region}")
+    if scope != "tensor":
+        raise ValueError(
+            f"group_by={group_by!r} makes a ball of each layer's {group_by}, so that scope must be 'tensor', "
+            f"got {scope!r}; one ball for all weights can hold filters"
+        )
+    if region != GroupKSupportBall(region.k, **_size_of(region)):
+        raise ValueError(
+            f"group_by={group_by!r} finds axes, groups and blocks in the model; leave them out of {region}"
+        )
+
+
+def constrained_groups(
+    targets: dict[str, Target], region: Constraint, scope: str, group_by: str
+) -> list[dict[str, Any]]:
     """Parameter groups of one ball each, with the names of their parameters."""
+    if isinstance(region, GroupKSupportBall) and group_by != "filters":
+        return _coupled(targets, region, group_by)
     if not isinstance(region, GroupKSupportBall) or not any(t.kind == "conv" for t in targets.values()):
         return _groups(targets, lambda _: region, scope)
     filters = {n: t for n, t in targets.items() if t.kind == "conv"}
     rest = {n: t for n, t in targets.items() if t.kind != "conv"}
     ball = LpBall(2, **_size_of(region))
     return _groups(filters, lambda _: region, scope) + (_groups(rest, lambda _: ball, scope) if rest else [])
+
+
+def _coupled(targets: dict[str, Target], region: GroupKSupportBall, kind: str) -> list[dict[str, Any]]:
+    """A ball for all weights that share neurons or heads, and an L2 ball for each other weight."""
+    found = {name: (target.groups or {})[kind] for name, target in targets.items()}
+    members: dict[str, dict[str, Groups]] = {}
+    for name, parts in found.items():
+        if not isinstance(parts, str):
+            members.setdefault(parts[0].of, {})[name] = parts[0]
+    if not members:
+        name, reason = next(iter(found.items()))
+        raise ValueError(f"group_by={kind!r} finds no {kind} in these {len(found)} weights; {name!r} for one: {reason}")
+    groups = []
+    for layouts in members.values():
+        axes, counts, blocks = zip(*((part.dim, part.count, part.blocks) for part in layouts.values()), strict=True)
+        ball = GroupKSupportBall(region.k, axes=axes, groups=counts[0], blocks=blocks, **_size_of(region))
+        groups.append({"params": [(name, targets[name].parameter) for name in layouts], "constraint": ball})
+    rest = {name: target for name, target in targets.items() if isinstance(found[name], str)}
+    return groups + _groups(rest, lambda _: LpBall(2, **_size_of(region)), "tensor")
 
 
 def _groups(targets: dict[str, Target], region: Callable[[Target], Constraint], scope: str) -> list[dict[str, Any]]:

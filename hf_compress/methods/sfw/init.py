@@ -88,10 +88,8 @@ def _slopes(
     gradient_of = dict(zip(map(id, parameters), gradients, strict=True))
     moved: dict[str, torch.Tensor] = {}
     for group in groups:
-        inside = [p for p in group["params"] if id(p) in gradient_of]
-        if not inside:
-            continue
-        along = [gradient_of[id(p)] for p in inside]
+        inside = group["params"]
+        along = [gradient_of.get(id(p), torch.zeros_like(p)) for p in inside]  # a weight of zeros stays where it is
         oracle = group["constraint"].oracle([g.detach() for g in along])
         if not oracle.is_valid:  # without gradient, as behind a norm that starts at zero, a weight stays where it is
             continue

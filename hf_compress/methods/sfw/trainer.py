@@ -45,6 +45,7 @@ class SFWMixin(CompressionMixin):
             dampening=args.dampening,
             rescale=args.rescale,
             scope=args.scope,
+            group_by=args.group_by,
             include=args.include,
             exclude=args.exclude,
             free=args.free,
@@ -91,7 +92,8 @@ class SFWMixin(CompressionMixin):
     def _shrink(self, optimizer: SFW) -> None:
         groups = [g for g in optimizer.param_groups if g["constraint"] is not None]
         factors = [float(factor) for factor in optimizer.shrink_()]
-        names = [", ".join(g["param_names"]) if len(g["params"]) == 1 else "all weights" for g in groups]
+        is_global = self.args.scope == "global"
+        names = ["all weights" if is_global and g["params"][1:] else ", ".join(g["param_names"]) for g in groups]
         for name, group, factor in zip(names, groups, factors, strict=True):
             logger.info(f"{name}: in {group['constraint']}, scaled by {factor:.3f}")
         outside = sum(factor < 1 for factor in factors)

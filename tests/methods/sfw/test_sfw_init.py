@@ -111,6 +111,17 @@ def test_a_weight_without_gradient_stays_where_it_is():
     assert scales["4.weight"] != 1
 
 
+def test_a_weight_of_zeros_stays_where_it_is_beside_others_in_its_ball():
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    nn.init.zeros_(model[2].weight)
+    opt = create_sfw(model, "group_k_support", k=0.5, radius=3, group_by="neurons", include=["*"], lr=0.5, shrink=False)
+    assert [g["param_names"] for g in opt.param_groups[:2]] == [["0.weight", "2.weight"], ["4.weight"]]
+    scales = sfw_init(model, opt, batches(), loss, steps=3, lr=0.01)
+    assert set(scales) == {"0.weight", "4.weight"}
+    assert not model[2].weight.any()
+    assert scales["4.weight"] != 1
+
+
 def test_too_few_batches_and_a_broken_loss_are_named():
     model = net()
     opt = create_sfw(model, REGION, shrink=False)

@@ -65,14 +65,40 @@ def test_the_log_has_the_gap_of_the_steps_that_are_logged(tmp_path):
     assert all(gap > 0 for gap in gaps.values())
 
 
-@pytest.mark.parametrize("constraint", ["k_support", "spectral_k_support"])
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, constraint):
-    whole = train(tmp_path, constraint=constraint, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"constraint": "k_support"},
+        {"constraint": "spectral_k_support"},
+        {"constraint": "group_k_support", "group_by": "neurons"},
+    ],
+    ids=lambda flags: " ".join(flags.values()),
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, flags):
+    whole = train(tmp_path, **flags, save_strategy="steps", save_steps=2)
     checkpoint = str(tmp_path / "checkpoint-2")
-    resumed = train(tmp_path / "again", constraint=constraint, resume=checkpoint)
+    resumed = train(tmp_path / "again", **flags, resume=checkpoint)
     assert largest_difference(whole, resumed) == 0
     with pytest.raises(ValueError, match="resume with the settings of the first run"):
-        train(tmp_path / "other", constraint=constraint, k="0.3", resume=checkpoint)
+        train(tmp_path / "other", **flags, k="0.3", resume=checkpoint)
+
+
+def test_neurons_are_trained_in_balls_and_cut(tmp_path, caplog):
+    logging.getLogger("hf_compress").propagate = True
+    with caplog.at_level(logging.INFO, logger="hf_compress"):
+        trainer = train(tmp_path, max_steps=2, constraint="group_k_support", group_by="neurons", k="0.5")
+    report = [r.getMessage() for r in caplog.records if "mlp.fc1.weight, " in r.getMessage()]
+    assert [line.partition("fc2.weight")[2][:51] for line in report] == [
+        ": in group_k_support(k=0.5, axes=0 1, groups=24, ra"
+    ] * 2
+    balls = [g for g in trainer.sfw.param_groups if isinstance(g["constraint"], hfc.methods.sfw.GroupKSupportBall)]
+    assert [len(g["params"]) for g in balls] == [2, 2]
+    for group in balls:
+        gauge = group["constraint"].gauge([p.detach() for p in group["params"]])
+        assert gauge <= group["constraint"].size.value * (1 + 1e-5)
+    family = trainer.build_family(["neurons:0.5"])
+    assert family.recipe["group_by"] == "neurons"
+    assert [v.pattern for v in family.variants] == ["neurons:0.5"]
 
 
 def test_the_start_says_how_much_it_shrank(tmp_path, caplog):
@@ -119,6 +145,8 @@ def test_any_trainer_takes_the_mixin(tmp_path):
         ({"k": "many"}, "k is a count such as 21"),
         ({"constraint": "k_sparce"}, "is no constraint"),
         ({"radius": "init:-1"}, "radius must be"),
+        ({"scope": "layer"}, "scope must be one of tensor, global"),
+        ({"group_by": "neurons"}, r"group_by='neurons' needs the constraint group_k_support, got k_support\("),
         ({"lr_drops": [1.5]}, "lr_drops are shares"),
     ],
 )

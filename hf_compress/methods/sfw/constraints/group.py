@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .base import Constraint, Oracle, Tensors, check_k, count_of
 from .chunks import rows, square_sum, summed, wide
 from .elementwise import k_support_norm
 
-Axes = int | str | Sequence[int]
+Numbers = int | str | Sequence[int]  # one for all tensors, or one for each
 
 
 class GroupOracle(Oracle):
@@ -75,6 +75,7 @@ class GroupKSupportBall(Constraint):
     GroupKSupportBall(k=0.1, radius="init:15")                             # filters, or rows
     GroupKSupportBall(k=300, axes=(0, 1), groups=3072, radius=30)          # neurons between two Linear layers
     GroupKSupportBall(k=3, axes="0 0 0 1", groups=12, radius="weights:1")  # heads: query, key, value, output
+    GroupKSupportBall(k=3, axes="0 1", groups=12, blocks="3 1", radius=30)  # all queries, keys, values in one weight
     ```
 
     Args:
@@ -85,6 +86,8 @@ class GroupKSupportBall(Constraint):
             sequence or as text.
         groups: None makes a group of every index along the axis of every tensor. A number cuts the axis of every tensor
             into so many equal parts, and part i of all tensors together is group i.
+        blocks: how many layers lie one after the other along the axis, such as query, key and value: one number for
+            all, or one for each, as for axes. Each of them is cut by itself, and part i of all of them is one group.
 
     Source: Zimmer, Spiegel and Pokutta, Compression-aware Training of Neural Networks using Frank-Wolfe,
     arXiv:2205.11921; several tensors in one group are new here.
@@ -98,33 +101,38 @@ class GroupKSupportBall(Constraint):
         radius: float | str | None = None,
         *,
         diameter: float | None = None,
-        axes: Axes = 0,
+        axes: Numbers = 0,
         groups: int | None = None,
+        blocks: Numbers = 1,
     ) -> None:
         super().__init__(radius, diameter=diameter)
         self.k = check_k(k)
-        self.axes = _parse_axes(axes)
+        self.axes = _parse("axes", axes, "the dimension along which groups lie", "0", 0)
+        found = _parse("blocks", blocks, "how many layers lie one after the other along the axis", "3", 1)
+        self.blocks = found if isinstance(found, int) or max(found) > 1 else 1
         if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
             raise ValueError(f"groups must be a whole number of at least 1, or None, got {groups!r}")
         self.groups = groups
 
     @property
     def options(self) -> dict[str, Any]:
-        axes = self.axes if isinstance(self.axes, int) else " ".join(map(str, self.axes))
-        return {"k": self.k, "axes": axes} | ({} if self.groups is None else {"groups": self.groups})
+        axes, blocks = (n if isinstance(n, int) else " ".join(map(str, n)) for n in (self.axes, self.blocks))
+        groups = {} if self.groups is None else {"groups": self.groups}
+        return {"k": self.k, "axes": axes} | groups | ({} if blocks == 1 else {"blocks": blocks})
 
     def check(self, weights: Tensors) -> None:
-        if not isinstance(self.axes, int) and len(self.axes) != len(weights):
-            raise ValueError(
-                f"{self} has {len(self.axes)} axes, one for each tensor, but covers {len(weights)} tensors"
-            )
-        for weight, axis in zip(weights, self._axes_of(weights), strict=True):
+        for name, numbers in (("axes", self.axes), ("blocks", self.blocks)):
+            if not isinstance(numbers, int) and len(numbers) != len(weights):
+                raise ValueError(
+                    f"{self} has {len(numbers)} {name}, one for each tensor, but covers {len(weights)} tensors"
+                )
+        for weight, axis, blocks in self._cuts(weights):
             if axis >= weight.ndim:
                 raise ValueError(f"{self} has groups along dimension {axis} of a weight of shape {tuple(weight.shape)}")
-            if self.groups is not None and weight.shape[axis] % self.groups:
+            if weight.shape[axis] % (parts := blocks * (self.groups or 1)):
                 raise ValueError(
                     f"{self} cuts dimension {axis} of a weight of shape {tuple(weight.shape)} into equal parts, "
-                    f"but {weight.shape[axis]} is no multiple of {self.groups}"
+                    f"but {weight.shape[axis]} is no multiple of {parts}"
                 )
         if isinstance(self.k, int) and self.k > (total := self._num_groups(weights)):
             raise ValueError(f"{self} keeps {self.k} groups, but the tensors that it covers have {total}")
@@ -152,48 +160,56 @@ class GroupKSupportBall(Constraint):
     def diameter_of_unit_ball(self, weights: Tensors) -> float:
         return 2.0
 
-    def _axes_of(self, tensors: Tensors) -> Sequence[int]:
-        return [self.axes] * len(tensors) if isinstance(self.axes, int) else self.axes
+    def _cuts(self, tensors: Tensors) -> Iterable[tuple[torch.Tensor, int, int]]:
+        """Each tensor, the dimension along which its groups lie, and the number of blocks."""
+        axes, blocks = ([n] * len(tensors) if isinstance(n, int) else n for n in (self.axes, self.blocks))
+        return zip(tensors, axes, blocks, strict=True)
 
-    def _sizes(self, tensors: Tensors) -> list[int]:
-        return [t.shape[axis] for t, axis in zip(tensors, self._axes_of(tensors), strict=True)]
+    def _layouts(self, tensors: Tensors) -> list[tuple[torch.Tensor, int, tuple[int, int, int]]]:
+        """Each tensor, the dimension along which its groups lie, and what it is made of: (blocks, groups, size)."""
+        found = []
+        for tensor, axis, blocks in self._cuts(tensors):
+            length = tensor.shape[axis] // blocks
+            count = length if self.groups is None else self.groups
+            found.append((tensor, axis, (blocks, count, length // max(count, 1))))
+        return found
 
     def _num_groups(self, tensors: Tensors) -> int:
-        return self.groups or sum(self._sizes(tensors))
+        return self.groups or sum(count for _, _, (_, count, _) in self._layouts(tensors))
 
     def _squares(self, tensors: Tensors) -> torch.Tensor:
         """The squared norm of every group, in float64, equal on all ranks."""
         squares = []
-        for tensor, axis in zip(tensors, self._axes_of(tensors), strict=True):
+        for tensor, axis, layout in self._layouts(tensors):
             part = _squares_along(local(tensor), axis)
             if axis == 0:
                 part = part.new_zeros(tensor.shape[0]).index_copy_(0, _rows_here(tensor), part)
-            squares.append(sum_over_shards([part], [tensor]).to(local(tensors[0]).device))
-        if self.groups is None:
-            return torch.cat(squares)
-        return torch.stack([s.view(self.groups, -1).sum(1) for s in squares]).sum(0)
+            whole = sum_over_shards([part], [tensor]).to(local(tensors[0]).device)
+            squares.append(whole.view(layout).sum((0, 2)))
+        return torch.cat(squares) if self.groups is None else torch.stack(squares).sum(0)
 
     def _along_axes(self, factors: torch.Tensor, tensors: Tensors) -> list[torch.Tensor]:
         """From one number for each group to one for each index, in a shape that multiplies the tensor of this rank."""
-        if self.groups is None:
-            spread = factors.split(self._sizes(tensors))
-        else:
-            spread = tuple(factors.repeat_interleave(size // self.groups) for size in self._sizes(tensors))
+        layouts = self._layouts(tensors)
+        counts = [count for _, _, (_, count, _) in layouts]
+        parts = factors.split(counts) if self.groups is None else [factors] * len(counts)
         found = []
-        for numbers, tensor, axis in zip(spread, tensors, self._axes_of(tensors), strict=True):
-            here = numbers.to(local(tensor).device, torch.promote_types(tensor.dtype, torch.float32))
+        for numbers, (tensor, axis, layout) in zip(parts, layouts, strict=True):
+            numbers = numbers.to(local(tensor).device, torch.promote_types(tensor.dtype, torch.float32))
+            here = numbers[:, None].expand(layout).reshape(-1)
             if axis == 0:
                 here = here.index_select(0, _rows_here(tensor))
             found.append(here.view([-1 if dim == axis else 1 for dim in range(tensor.ndim)]))
         return found
 
 
-def _parse_axes(axes: Axes) -> int | tuple[int, ...]:
-    given = axes.split() if isinstance(axes, str) else [axes] if isinstance(axes, int) else list(axes)
-    if not given or not all(re.fullmatch(r"\d+", str(axis)) for axis in given):
+def _parse(name: str, numbers: Numbers, meaning: str, example: str, smallest: int) -> int | tuple[int, ...]:
+    listed = numbers.split() if isinstance(numbers, str) else numbers
+    given = listed if isinstance(listed, Sequence) else [listed]
+    if not given or not all(re.fullmatch(r"\d+", str(n)) and int(n) >= smallest for n in given):
         raise ValueError(
-            f"axes must be the dimension along which groups lie, as in 0, or one for each tensor, as in '0 0 1', "
-            f"got {axes!r}"
+            f"{name} must be {meaning}, as in {example}, or one number for each tensor, as in '{example} {example} 1', "
+            f"got {numbers!r}"
         )
     found = tuple(map(int, given))
     return found[0] if len(found) == 1 else found

@@ -115,13 +115,13 @@ def scaled_to(region, tensors, size):
 
 
 def _norms_of_groups(region, arrays):
-    axes = [region.axes] * len(arrays) if isinstance(region.axes, int) else region.axes
-    squares = [
-        (np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1) ** 2).sum(1) for a, axis in zip(arrays, axes, strict=True)
-    ]
-    if region.groups is None:
-        return np.sqrt(np.concatenate(squares))
-    return np.sqrt(sum(s.reshape(region.groups, -1).sum(1) for s in squares))
+    axes, blocks = ([n] * len(arrays) if isinstance(n, int) else n for n in (region.axes, region.blocks))
+    squares = []
+    for array, axis, n in zip(arrays, axes, blocks, strict=True):
+        lines = (np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) ** 2).sum(1)
+        layers = np.split(lines, n)
+        squares.append(sum(layer.reshape(region.groups or len(layer), -1).sum(1) for layer in layers))
+    return np.sqrt(np.concatenate(squares) if region.groups is None else sum(squares))
 
 
 def _matrix(array):

@@ -18,6 +18,11 @@ CASES = {
     "heads": ({"axes": "0 0 0 1", "groups": 4}, [(8, 6), (8, 6), (4, 6), (6, 8)]),
     "one weight in parts": ({"groups": 3}, [(9, 4)]),
     "the last dimension": ({"axes": 3, "groups": 5}, [(2, 3, 2, 10)]),
+    "heads of a fused weight": ({"axes": (0, 1), "groups": 4, "blocks": (3, 1)}, [(24, 5), (7, 8)]),
+    "heads of a fused Conv1D": ({"axes": "1 0", "groups": 4, "blocks": "3 1"}, [(5, 24), (8, 7)]),
+    "query beside key and value": ({"axes": "1 1 0", "groups": 3, "blocks": "1 2 1"}, [(5, 6), (4, 12), (6, 5)]),
+    "neurons of a fused gate": ({"axes": (0, 1), "groups": 6, "blocks": (2, 1)}, [(12, 5), (4, 6)]),
+    "blocks of rows": ({"blocks": 2}, [(8, 3), (12,)]),
 }
 in_cases = pytest.mark.parametrize(("options", "shapes"), CASES.values(), ids=CASES)
 
@@ -60,6 +65,22 @@ def test_heads_are_blocks_of_rows_and_columns():
     a, b = GroupKSupportBall(1, RADIUS, axes=(0, 1), groups=4).lmo([query, output])
     assert a.abs().sum(1).nonzero().flatten().tolist() == [2, 3]
     assert b.abs().sum(0).nonzero().flatten().tolist() == [2, 3]
+
+
+def test_a_fused_weight_is_its_blocks():
+    """Query, key and value in one weight are as good as in three, in rows and in columns."""
+    query, key, value, output = randn((8, 6), (8, 6), (8, 6), (6, 8), seed=7)
+    apart = GroupKSupportBall(2, RADIUS, axes=(0, 0, 0, 1), groups=4)
+    *parts, wanted = apart.lmo([query, key, value, output])
+    fused = torch.cat([query, key, value])
+    for axis, weight in ((0, fused), (1, fused.T.contiguous())):
+        region = GroupKSupportBall(2, RADIUS, axes=(axis, 1), groups=4, blocks=(3, 1))
+        vertex, other = region.lmo([weight, output])
+        assert torch.allclose(vertex if axis == 0 else vertex.T, torch.cat(parts), atol=1e-14)
+        assert torch.allclose(other, wanted, atol=1e-14)
+        assert region.gauge([weight, output]).item() == pytest.approx(apart.gauge([query, key, value, output]).item())
+        wrong = GroupKSupportBall(2, RADIUS, axes=(axis, 1), groups=4)  # a head is no quarter of the fused weight
+        assert not torch.equal(wrong.lmo([weight, output])[0] != 0, vertex != 0)
 
 
 def test_uncoupled_parts_would_choose_otherwise():
@@ -128,6 +149,7 @@ def test_a_share_counts_groups():
     weights = randn((10, 4), (6, 3))
     assert GroupKSupportBall(0.25, 1.0).count(weights) == 4
     assert GroupKSupportBall(0.25, 1.0, groups=2).count(weights) == 1
+    assert GroupKSupportBall(0.25, 1.0, blocks=2).count(weights) == 2
     assert KSupportBall(0.25, 1.0).count(weights) == 14
 
 
@@ -140,6 +162,10 @@ def test_a_share_counts_groups():
         ({"k": 1, "axes": 0}, [()], r"along dimension 0 of a weight of shape \(\)"),
         ({"k": 1, "axes": (0, 1)}, [(4, 3)], "has 2 axes, one for each tensor, but covers 1 tensors"),
         ({"k": 1, "axes": (0, 1), "groups": 3}, [(6, 2), (3, 4)], "4 is no multiple of 3"),
+        ({"k": 1, "groups": 4, "blocks": 3}, [(8, 2)], "8 is no multiple of 12"),
+        ({"k": 1, "blocks": 2}, [(7, 2)], "7 is no multiple of 2"),
+        ({"k": 4, "blocks": 2}, [(6, 2)], "keeps 4 groups, but the tensors that it covers have 3"),
+        ({"k": 1, "blocks": (2, 1)}, [(4, 3)], "has 2 blocks, one for each tensor, but covers 1 tensors"),
     ],
 )
 def test_weights_that_do_not_fit(options, shapes, message):
@@ -149,10 +175,16 @@ def test_weights_that_do_not_fit(options, shapes, message):
             use(randn(*shapes))
 
 
-@pytest.mark.parametrize("axes", [-1, True, "", "a", "0,1", (0, -1), (0, 1.5), ()])
+@pytest.mark.parametrize("axes", [-1, True, 0.5, None, "", "a", "0,1", (0, -1), (0, 1.5), ()])
 def test_axes_that_are_none(axes):
     with pytest.raises(ValueError, match="axes must be the dimension along which groups lie"):
         GroupKSupportBall(1, 1.0, axes=axes)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, True, 1.5, None, "", "a", "3,1", (3, 0), (1, 1.5), ()])
+def test_blocks_that_are_none(blocks):
+    with pytest.raises(ValueError, match="blocks must be how many layers lie one after the other"):
+        GroupKSupportBall(1, 1.0, blocks=blocks)
 
 
 @pytest.mark.parametrize("groups", [0, -2, 1.5, True, "3"])

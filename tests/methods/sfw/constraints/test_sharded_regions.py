@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_compress.methods.sfw.constraints import parse_constraint
 
-SHAPES = [(7, 4, 3, 3), (24, 7), (9,), (2, 5)]  # rows that no number of ranks divides, and fewer than ranks
+SHAPES = [(7, 4, 3, 3), (24, 7), (9,), (2, 5), (14, 4)]  # rows that no number of ranks divides, and fewer than ranks
 REGIONS = {
     "l1(radius=1.5)": [0, 1],
     "lp(p=3, radius=1.5)": [0, 1],
@@ -20,6 +20,9 @@ REGIONS = {
     "group_k_support(k=3, radius=1.5)": [0, 1, 2, 3],
     "group_k_support(k=3, axes=1, radius=1.5)": [1, 3],
     "group_k_support(k=2, axes=0 1, groups=7, radius=1.5)": [0, 1],
+    "group_k_support(k=2, axes=0 1, groups=7, blocks=2 1, radius=1.5)": [4, 1],
+    "group_k_support(k=1, axes=1 0, groups=2, blocks=2 3, radius=1.5)": [4, 1],
+    "group_k_support(k=3, axes=0, blocks=2 3, radius=1.5)": [4, 2],
     "nuclear(radius=1.5)": [0, 1, 2],
     "spectral_k_sparse(k=0.3, radius=1.5)": [0, 1],
     "spectral_k_support(k=0.3, radius=1.5)": [0],

@@ -32,6 +32,7 @@ SIZES = st.one_of(
 )
 COUNTS = st.one_of(st.integers(1, 10**9), st.floats(1e-9, 1.0))
 AXES = st.one_of(st.integers(0, 5), st.lists(st.integers(0, 5), min_size=1, max_size=6))
+BLOCKS = st.one_of(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=1, max_size=6))
 GROUPS = st.one_of(st.none(), st.integers(1, 5000))
 POWERS = st.one_of(st.just(math.inf), st.integers(1, 9), st.floats(1, 1e6))
 
@@ -45,7 +46,7 @@ def constraints(draw):
     elif kind is not NuclearBall:
         arguments |= {"k": draw(COUNTS)}
     if kind is GroupKSupportBall:
-        arguments |= {"axes": draw(AXES), "groups": draw(GROUPS)}
+        arguments |= {"axes": draw(AXES), "groups": draw(GROUPS), "blocks": draw(BLOCKS)}
     return kind(**arguments)
 
 
@@ -83,6 +84,11 @@ def test_different_constraints_differ_in_text(a, b):
             "group_k_support(k=0.1, axes=0 0 0 1, groups=12, radius=init:15)",
             GroupKSupportBall(0.1, "init:15", axes=(0, 0, 0, 1), groups=12),
         ),
+        (
+            "group_k_support(k=3, axes=0 1, groups=12, blocks=3 1, radius=2)",
+            GroupKSupportBall(3, 2, axes=(0, 1), groups=12, blocks=(3, 1)),
+        ),
+        ("group_k_support(k=3, groups=12, radius=2)", GroupKSupportBall(3, 2, groups=12, blocks="1 1 1")),
         ("nuclear(radius=weights:1)", NuclearBall("weights:1")),
         ("spectral_k_sparse(k=1, radius=2)", SpectralKSparsePolytope(1, 2)),
         ("spectral_k_support(k=0.3, diameter=2)", SpectralKSupportBall(0.3, diameter=2)),
