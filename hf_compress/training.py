@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,17 +11,18 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from .compressed_evaluation import CompressedEvaluationMixin, check_eval_patterns
+from .distillation import DistillationMixin
 from .distributed import run_on_main
 from .family import Family, Variant, build_family
 from .patterns import Pattern, parse_patterns
 from .targets import find_targets
+from .training_data import TrainingBatches, generators_kept
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,10 @@ class CompressionArguments(TrainingArguments):
         calibration_samples: training samples for the batch-norm statistics of each variant.
         check_loss_scaling: try before the first step whether the loss is divided by `num_items_in_batch`, and correct
             the Trainer where it wrongly believes so.
+        eval_patterns: patterns whose compressed weights every evaluation scores too, under `eval_{revision}_{metric}`;
+            batch norms are calibrated for each as for a variant.
+        teacher: folder or Hub id of a trained model of the same class; half of the training loss is then the distance
+            of the logits to its own, see `DistillationMixin`.
     """
 
     variants: list[str] | None = field(
@@ -61,6 +65,12 @@ class CompressionArguments(TrainingArguments):
     check_loss_scaling: bool = field(
         default=True, metadata={"help": "Correct the loss of heads that ignore num_items_in_batch."}
     )
+    eval_patterns: list[str] | None = field(
+        default=None, metadata={"help": "Patterns under which every evaluation scores the weights too, such as 2:4."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a trained model whose logits are half of the loss."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +80,11 @@ class CompressionArguments(TrainingArguments):
             raise ValueError("hub_revision does not apply: a family has a revision for each variant; leave it out")
         if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+        checked = check_eval_patterns(self.eval_patterns or (), self.metric_for_best_model)
+        self.eval_patterns = checked if self.eval_patterns is not None else None
 
 
-class CompressionMixin(_TrainerBase):
+class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBase):
     """Goes before a `Trainer` class. Methods derive from it and set `method` and `config_class`."""
 
     method: ClassVar[str]
@@ -90,7 +102,10 @@ class CompressionMixin(_TrainerBase):
             self._check_kind(given)
         super().__init__(*args, **kwargs)
         self._check_kind(self.args)
+        self._has_own_forward = "forward" in vars(self.model)
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
+        self._check_eval_patterns()
+        self._load_teacher()
 
     def _check_kind(self, args: Any) -> None:
         if not isinstance(args, self.config_class):
@@ -148,7 +163,7 @@ class CompressionMixin(_TrainerBase):
         try:
             for count in (1.0, 2.0):
                 items = torch.tensor(count, device=self.args.device)
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), self._unrecorded():
                     losses.append(self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=items))
         finally:
             for module, training in modes.items():
@@ -184,7 +199,7 @@ class CompressionMixin(_TrainerBase):
         patterns = self.args.variants if patterns is None else patterns
         if not patterns:
             raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
-        with _generators_kept():
+        with generators_kept():
             self._family = build_family(
                 self._whole_model(),
                 patterns,
@@ -307,12 +322,34 @@ class CompressionMixin(_TrainerBase):
     @contextmanager
     def _in_place_of_the_model(self, model: Any) -> Iterator[None]:
         own = self.model, self.model_wrapped, self.callback_handler.callbacks
+        parts = "_modules", "_parameters", "_buffers", "training"
+        kept = {name: vars(own[0])[name] for name in parts}
+        if self._has_own_forward:  # TRL's is bound to the model: the parts of the other go there
+            vars(own[0]).update({name: vars(model)[name] for name in parts})
+            model = own[0]
         self.model = self.model_wrapped = model
         self.callback_handler.callbacks = []
         try:
+            with self._unrecorded():
+                yield
+        finally:
+            vars(own[0]).update(kept)
+            self.model, self.model_wrapped, self.callback_handler.callbacks = own
+
+    def _compressed_metrics(self, *args: Any) -> dict[str, float]:
+        with self._unrecorded():
+            return super()._compressed_metrics(*args)
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """What trainers of TRL gather for the log while they compute losses is afterwards what it was."""
+        is_of_trl = any(kind.__module__.startswith("trl.") for kind in type(self).__mro__)
+        names = {"_metrics", "_total_train_tokens"} & set(vars(self)) if is_of_trl else ()
+        kept = {name: copy.deepcopy(vars(self)[name]) for name in names}
+        try:
             yield
         finally:
-            self.model, self.model_wrapped, self.callback_handler.callbacks = own
+            vars(self).update(kept)
 
 
 def changed_arguments(args: Any) -> dict[str, Any]:
@@ -324,41 +361,11 @@ def changed_arguments(args: Any) -> dict[str, Any]:
         if isinstance(value, Enum):
             value = value.value
         is_plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
-        is_left_out = f.name in left_out or f.name.startswith("hub_")
+        is_path = f.name == "teacher" and value is not None and Path(value).exists()
+        is_left_out = f.name in left_out or f.name.startswith("hub_") or is_path
         if f.init and not is_left_out and is_plain and value != default:
             changed[f.name] = value
     return changed
-
-
-class TrainingBatches:
-    """Batches of a trainer's training data in an order of their own; every pass is the same.
-
-    The trainer's own loader would deal its batches to the ranks, and take its order from the training's generator.
-
-    Args:
-        trainer: whose data, collator and batch size they are.
-        seed: of their order, and of what augmentation draws.
-    """
-
-    def __init__(self, trainer: CompressionMixin, seed: int) -> None:
-        self.trainer, self.seed = trainer, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        args, dataset = self.trainer.args, self.trainer.train_dataset
-        sampler = None
-        if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
-            sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(self.seed))
-        loader = DataLoader(
-            dataset,
-            batch_size=args.per_device_train_batch_size,
-            sampler=sampler,
-            collate_fn=self.trainer._get_collator_with_removed_columns(self.trainer.data_collator),
-        )
-        with _generators_kept():  # augmentation draws from the global ones
-            random.seed(self.seed)
-            np.random.seed(self.seed % 2**32)
-            torch.default_generator.manual_seed(self.seed)
-            yield from loader
 
 
 def _is_whole(checkpoint: Path, world_size: int) -> bool:
@@ -369,15 +376,3 @@ def _is_whole(checkpoint: Path, world_size: int) -> bool:
         return False
     has_generators = not any(checkpoint.glob("rng_state*.pth")) or world_size == 1
     return has_generators or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(world_size))
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """The global generators of the CPU are afterwards what they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -12,13 +12,30 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, set_seed
 
+from ..callbacks import SparsityLock
 from ..methods.registry import METHODS, Method
 from ..training import changed_arguments
 from .recipes import ABOUT, nearest, packaged, read_recipe
 from .table import VariantPrinter
 
 # Name of a task to its module and the dataclass of its arguments.
-TASKS = {"image-classification": ("image_classification", "ImageClassificationArguments")}
+TASKS = {
+    "image-classification": ("image_classification", "ImageClassificationArguments"),
+    "text-classification": ("text_classification", "TextClassificationArguments"),
+    "question-answering": ("question_answering", "QuestionAnsweringArguments"),
+    "supervised-finetuning": ("supervised_finetuning", "SupervisedFinetuningArguments"),
+}
+
+
+@dataclasses.dataclass
+class CommandArguments:
+    """What the command does beside training; in Python these are callbacks.
+
+    Args:
+        lock_zeros: weights that are zero at the start stay zero, see `SparsityLock`.
+    """
+
+    lock_zeros: bool = dataclasses.field(default=False, metadata={"help": "Keep zero what is zero at the start."})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +47,14 @@ class Run:
     task: Any
     task_args: Any
     args: Any
+    command: CommandArguments
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What is trained, in the form of a recipe: the flags that differ from their defaults."""
         names = {"method": self.method.name, "task": self.task_name}
-        return {**names, **changed_arguments(self.task_args), **changed_arguments(self.args)}
+        flags = (changed_arguments(part) for part in (self.task_args, self.args, self.command))
+        return {**names, **{key: value for part in flags for key, value in part.items()}}
 
 
 def train(argv: Sequence[str]) -> None:
@@ -49,6 +68,8 @@ def train(argv: Sequence[str]) -> None:
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
     trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
+    if run.command.lock_zeros:
+        trainer.add_callback(SparsityLock(run.args.include, run.args.exclude))
     if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
         print(f"{run.method.name} on {processes} process{'es' if processes > 1 else ''}", flush=True)
@@ -73,7 +94,9 @@ def parse(argv: Sequence[str]) -> Run:
     """
     method, task_name, recipe, flags = _read_command(list(argv))
     task = importlib.import_module(f"..tasks.{TASKS[task_name][0]}", __package__)
-    parser = _RecipeParser((getattr(task, TASKS[task_name][1]), method.config_class))
+    if hasattr(task, "compose"):  # it brings a trainer of its own
+        method = task.compose(method)
+    parser = _RecipeParser((getattr(task, TASKS[task_name][1]), method.config_class, CommandArguments))
     return Run(method, task_name, task, *parser.parse_with_recipe({**task.DEFAULT_FLAGS, **recipe}, flags))
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers.utils import logging
 
-from .data import check_counts, hold_out, load_splits, some, used_splits
+from .data import check_columns, check_counts, hold_out, load_splits, some, used_splits, with_classes
 from .metrics import accuracy
 from .timm_input import (
     INPUT_KEYS,
@@ -138,8 +138,7 @@ def _load_data(args: ImageClassificationArguments) -> tuple[Dataset, Dataset, st
     splits = DatasetDict({"train": digits()}) if name == "digits" else load_splits(name, args.dataset_config_name)
     used = used_splits(splits, name, args.eval_split)
     image_column, label_column = _columns(args, splits, used)
-    classes = _classes(splits, used, label_column, name)
-    train, *others = (_with_classes(splits[split], split, label_column, classes, name) for split in used)
+    train, *others = with_classes(splits, used, label_column, name)
     if not others:
         train, *others = hold_out(train, args.validation_share, seed, label_column)
     train, evaluation = some(train, args.max_train_samples, seed), some(others[0], args.max_eval_samples, seed)
@@ -152,56 +151,13 @@ def _columns(args: ImageClassificationArguments, splits: DatasetDict, used: list
     images = [n for n, f in columns.items() if isinstance(f, Image)]
     image_column = args.image_column or next(iter(images), "image")
     label_column = args.label_column or next((n for n in ("label", "labels") if n in columns), "label")
-    for option, column in (("image_column", image_column), ("label_column", label_column)):
-        for split in used:
-            there = splits[split].features
-            if column not in there:
-                where = args.dataset_name if split == "train" else f"split {split!r} of {args.dataset_name}"
-                raise ValueError(f"{option}: no column {column!r} in {where}; there are: {', '.join(there)}")
+    check_columns(splits, used, args.dataset_name, image_column=image_column, label_column=label_column)
     if image_column not in images:
         raise ValueError(
             f"image_column: column {image_column!r} of {args.dataset_name} holds {columns[image_column]}, no images; "
             f"columns of images: {', '.join(images) or 'none'}"
         )
     return image_column, label_column
-
-
-def _classes(splits: DatasetDict, used: list[str], column: str, source: str) -> ClassLabel | list[Any]:
-    """The classes of a column of labels, or the integers or strings in all splits that become classes, sorted."""
-    label = splits["train"].features[column]
-    for split in used:
-        if splits[split].features[column] != label:
-            raise ValueError(
-                f"splits 'train' and {split!r} of {source} have different labels in column {column!r}: {label} and "
-                f"{splits[split].features[column]}; give both the same classes, or choose another eval_split"
-            )
-    if isinstance(label, ClassLabel):
-        return label
-    if not isinstance(label, Value) or not any(kind in label.dtype for kind in ("int", "string", "bool")):
-        raise ValueError(f"column {column!r} of {source} holds {label}, no classes; name another with label_column")
-    alike = [split for split in splits.values() if split.features.get(column) == label]
-    return sorted({value for split in alike for value in split.unique(column) if not _is_unlabelled(value)})
-
-
-def _with_classes(dataset: Dataset, split: str, column: str, classes: ClassLabel | list[Any], source: str) -> Dataset:
-    """A split whose labels are classes."""
-    found = dataset.unique(column)
-    strange = [v for v in found if _is_unlabelled(v) or (isinstance(classes, ClassLabel) and v >= len(classes.names))]
-    if strange:
-        raise ValueError(
-            f"split {split!r} of {source} has labels in column {column!r} that are no class: {strange[:5]} (-1 and "
-            "None mean unlabelled); remove these samples, or choose another eval_split or label_column"
-        )
-    if isinstance(classes, ClassLabel):
-        return dataset
-    index = {value: i for i, value in enumerate(classes)}
-    encoded = [index[value] for value in dataset.select_columns(column)[:][column]]
-    feature = ClassLabel(names=[str(value) for value in classes])
-    return dataset.remove_columns(column).add_column(column, encoded, feature=feature)
-
-
-def _is_unlabelled(value: Any) -> bool:
-    return value is None or (not isinstance(value, str) and value < 0)
 
 
 def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:

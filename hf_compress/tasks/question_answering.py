@@ -113,8 +113,8 @@ def features(
         ValueError: naming the row of an empty text, or of an answer that does not stand where it should.
     """
     spans = [_answer_span(row, i, what) for i, row in enumerate(questions)]
-    texts = [[t.lstrip() for t in questions["question"]], list(questions["context"])]
-    encoded, windows = tokenize(tokenizer, *texts, args.max_length, args.doc_stride)
+    asked = [question.lstrip() for question in questions["question"]]
+    encoded, windows = tokenize(tokenizer, asked, list(questions["context"]), args.max_length, args.doc_stride)
     return Dataset.from_dict({**encoded, **positions(windows, spans)}), windows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,19 @@ from typing import Any
 Run = dict[str, Any]
 
 
-def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], only: bool = True) -> Run | None:
+def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], measures: bool = True) -> Run | None:
     """The result of one run: read from its file, or measured now and written to it.
 
     Args:
         folder: where the files are.
         settings: all that the result depends on; their hash names the file.
         measure: makes the result of the settings.
-        only: False looks without measuring.
+        measures: False looks without measuring.
     """
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{name}.json"
     if not path.is_file():
-        if not only:
+        if not measures:
             return None
         folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
@@ -34,8 +35,8 @@ def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], only: bool 
     return result
 
 
-def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run], part: str) -> list[Run] | None:
-    """The results of all runs, in their order; None while other processes still owe some.
+def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run], part: str) -> list[Run]:
+    """The results of all runs, in their order; waits for those that other processes owe.
 
     Args:
         folder: see `kept`.
@@ -48,5 +49,9 @@ def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run], p
         if i % of == this - 1:
             result = kept(folder, settings, measure)
             print({k: v for k, v in (result or {}).items() if k != "settings"}, settings, flush=True)
-    found = [kept(folder, settings, measure, only=False) for settings in runs]
-    return None if None in found else [r for r in found if r is not None]
+    while True:
+        found = [result for s in runs if (result := kept(folder, s, measure, measures=False)) is not None]
+        if len(found) == len(runs):
+            return found
+        print(f"{len(runs) - len(found)} runs of other parts are missing; waiting for them", flush=True)
+        time.sleep(30)

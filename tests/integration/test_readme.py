@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_compress.cli.recipes import read_recipe
 from tests.conftest import ROOT
 from tests.hub.server import HubServer
+from tests.text import tiny_text_model
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
@@ -53,7 +55,30 @@ def hub(workplace, tmp_path_factory):
         environment = server.environment(tmp_path_factory.mktemp("hub"))
         assert server.url in run(push, workplace, **environment)
         assert list(server.repos) == [push.split()[-1]]
+        make_language(workplace, environment)
         yield environment
+
+
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo(sys.argv[2])
+HfApi().upload_folder(folder_path=sys.argv[1], repo_id=sys.argv[2])
+"""
+
+
+def make_language(workplace, environment):
+    """A small encoder stands on the Hub as MiniLM, files of SQuAD in the folder, and the command has run."""
+    encoder = tiny_text_model(workplace / "encoder", "question-answering")
+    name = read_recipe("minilm_squad_cram")["model_name_or_path"]
+    run([sys.executable, "-c", UPLOAD, str(encoder), name], workplace, **environment)
+    answers = [{"text": "Ada", "answer_start": 15}]
+    asked = [{"id": f"{i}", "question": "Who was it?", "answers": answers} for i in range(6)]
+    articles = [{"title": "A", "paragraphs": [{"context": "It was written Ada.", "qas": asked}]}]
+    for file in ("train-v1.1.json", "dev-v1.1.json"):
+        (workplace / file).write_text(json.dumps({"version": "1.1", "data": articles}))
+    (command,) = [c for c in COMMANDS if "minilm_squad_cram" in c]
+    assert "2:4" in run(command, workplace, OMP_NUM_THREADS="1", **environment)
 
 
 @pytest.mark.slow

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 import hf_compress as hfc
 from hf_compress.cli import run
@@ -161,7 +166,10 @@ def test_other_mistakes_are_named(bert, tmp_path, files):
         prepare(QuestionAnsweringArguments(bert, train_file=one))
 
 
-@pytest.mark.parametrize("recipe", ["bert_base_squad_cram", "bert_base_squad_cram_nm", "bert_base_squad_sfw"])
+RECIPES = ["bert_base_squad_cram", "bert_base_squad_cram_nm", "bert_base_squad_sfw", "minilm_squad_cram"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_train_and_score_variants(bert, files, tmp_path, capsys, recipe):
     data = ["--train_file", files["train_file"], "--eval_file", files["eval_file"]]
     model = ["--model_name_or_path", bert, "--output_dir", str(tmp_path / "out")]
@@ -170,3 +178,48 @@ def test_recipes_train_and_score_variants(bert, files, tmp_path, capsys, recipe)
     for variant in family.checkpoints:
         assert 0 <= variant.metrics["exact_match"] <= variant.metrics["f1"] <= 100
         assert variant.loads_with == "transformers"
+
+
+def test_sparse_fine_tuning_keeps_every_zero(bert, files, tmp_path, capsys):
+    model = AutoModelForQuestionAnswering.from_pretrained(bert)
+    hfc.compress(model, "unstructured:0.8")
+    model.save_pretrained(tmp_path / "sparse")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "sparse")
+    data = ["--train_file", files["train_file"], "--eval_file", files["eval_file"]]
+    folders = ["--model_name_or_path", str(tmp_path / "sparse"), "--output_dir", str(tmp_path / "out")]
+    command = ["train", "bert_base_squad_sparse_finetune", *data, *folders, *FAST.split()]
+    assert run(command) == 0, capsys.readouterr().err
+    tuned = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    before, after = ({n: t.parameter for n, t in hfc.find_targets(m).items()} for m in (model, tuned))
+    assert all(((before[name] != 0) | (after[name] == 0)).all() for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_recipe_in_two_processes(bert, files, tmp_path):
+    """Scores of two processes and weights are those of one process."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        data = ["--train_file", files["train_file"], "--eval_file", files["eval_file"]]
+        flags = ["--model_name_or_path", bert, "--output_dir", str(out), *FAST.split(), "--variants", "2:4"]
+        flags += ["--learning_rate", "0.1", "--optim", "sgd", "--per_device_train_batch_size", str(4 // processes)]
+        flags += ["--train_sampling_strategy", "sequential", "--eval_patterns", "2:4"]
+        command = ["-m", "hf_compress", "train", "minilm_squad_cram", *data, *flags]
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+            launcher += ["--main_process_port", str(20_000 + os.getpid() % 20_000)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"cram on {processes} process" in done.stdout
+        found[processes] = hfc.load_family(out / "_family")
+        log = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+        assert {"eval_f1", "eval_nm-2of4_f1"} <= {key for row in log for key in row}
+    for one, two in zip(*(found[n].checkpoints for n in (1, 2)), strict=True):
+        assert one.metrics["f1"] == pytest.approx(two.metrics["f1"], abs=1e-3)
+    one, two = (AutoModelForQuestionAnswering.from_pretrained(tmp_path / n).state_dict() for n in "12")
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+    start = AutoModelForQuestionAnswering.from_pretrained(bert).state_dict()
+    assert max((one[name] - start[name]).abs().max().item() for name in one) > 1e-2

@@ -92,7 +92,7 @@ class CrAMMixin(CompressionMixin):
         if self.args.second_share < 1:
             window = [_first_share(batch, self.args.second_share) for batch in window]
             num_items_in_batch = self._get_num_items_in_batch(window, self.args.device)
-        with self.cram.compressed(grad_scale=scale):
+        with self.cram.compressed(grad_scale=scale), self._unrecorded():
             for i, batch in enumerate(window):
                 is_last = i == len(window) - 1
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -114,6 +114,11 @@ class CrAMMixin(CompressionMixin):
 
 def _first_share(batch: Any, share: float) -> Any:
     """The first samples of a batch, at least one."""
+    if "position_ids" in batch and "attention_mask" not in batch:
+        raise ValueError(
+            "second_share takes the first samples of a batch, and packing and padding_free lay them all into one row; "
+            "leave second_share at 1"
+        )
     sizes = {v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim}
     size = max(sizes)
     count = math.ceil(share * size)

@@ -20,7 +20,7 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from ...distributed import local
+from ...distributed import is_sharded, local
 from .constraints import Constraint, parse_constraint
 
 RESCALES = ("none", "diameter", "gradient", "fast_gradient")
@@ -228,7 +228,7 @@ def _step_sgd(group: dict[str, Any], weights: list[torch.Tensor], state: Any) ->
         dampening=group["dampening"],
         nesterov=False,
         maximize=False,
-        fused=all(p.device.type in ("cpu", "cuda") for p in weights),
+        fused=all(p.device.type in ("cpu", "cuda") and not is_sharded(p) for p in weights),
     )
     for parameter, buffer in zip(weights, buffers, strict=True):
         if group["momentum"]:
