@@ -159,7 +159,7 @@ def summary(
     for arm, settings in arms.items():
         if not arm.startswith("sgd"):
             goal = settings["goal"]
-            minus[arm] = {p: paired(rows[arm], rows[f"sgd_for_{goal}"], p) for p in ("dense", *GOALS[goal])}
+            minus[arm] = {p: by_seed(rows[arm], rows[f"sgd_for_{goal}"], p) for p in ("dense", *GOALS[goal])}
     seconds = [sum(row["seconds"].values()) for row in [*tuning, *itertools.chain(*rows.values())]]
     return {
         "what": __doc__,
@@ -172,6 +172,12 @@ def summary(
         "mean": {arm: {p: mean(found, p) for p in found[0]["accuracy"]} for arm, found in rows.items()},
         "minus_sgd": minus,
     }
+
+
+def by_seed(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], pattern: str) -> dict[str, Any]:
+    """The difference of accuracies at every seed, beside the mean and its standard error."""
+    values = [round(a["accuracy"][pattern] - b["accuracy"][pattern], 3) for a, b in zip(ours, theirs, strict=True)]
+    return {**paired(ours, theirs, pattern), "by_seed": values}
 
 
 if __name__ == "__main__":

@@ -330,3 +330,19 @@ def test_the_diff_on_a_script_with_its_own_trainer(tmp_path):
     output = run([sys.executable, "-c", script + CUT], tmp_path, PYTHONPATH=str(ROOT))
     assert "compressed_loss" in output
     assert "FAMILY ['unstructured:0.5', '2:4']" in output
+
+
+def test_costs_of_sfw_are_those_of_the_result():
+    nets = json.loads((ROOT / "recipes/benchmarks/results/sfw_cost.json").read_text())["nets"]
+    names = {
+        "group": "group-K-support",
+        "k_sparse": "K-sparse",
+        "k_support": "K-support",
+        "spectral": "spectral K-support",
+    }
+    for region, name in names.items():
+        ratios = [nets[net][region]["ratio_of_minima"] for net in ("resnet50", "bert-base")]
+        assert f"| {name} step | {ratios[0]:.1f} x | {ratios[1]:.1f} x |" in README
+        assert all(nets[net][region]["state_in_copies"] < 1.05 for net in nets)
+    limits = {"group": 4, "k_sparse": 20, "spectral": 45}
+    assert all(nets[net][region]["ratio_of_minima"] <= limit for region, limit in limits.items() for net in nets)
