@@ -120,6 +120,13 @@ class _Loader(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    def remove_quantization_config(self, model: Any) -> None:
+        """As of every loader, but the names that the checkpoint gave to weights are still those of a save."""
+        names_on_disk = vars(model).get("_weight_conversions")
+        super().remove_quantization_config(model)
+        if names_on_disk is not None:  # transformers 5.24 forgets them
+            model._weight_conversions = names_on_disk
+
 
 class _Pruner(_Loader):
     """Keeps targets in their stored type while they are loaded, compresses them, and casts them then."""
