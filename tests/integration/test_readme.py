@@ -203,20 +203,23 @@ def test_numbers_of_cifar10_are_those_of_the_result():
         assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
 
 
+# What a row of a table of SFW is called, its arm in the result, and the arm that it is compared with.
+SFW_ARMS = {
+    "K-sparse": ("k_sparse", "sgd_for_sparse"),
+    "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
+    "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
+    "group-K-support": ("group", "sgd_for_filters"),
+    "spectral K-support": ("spectral", "sgd_for_rank"),
+}
+
+
 def test_numbers_of_sfw_are_those_of_the_result():
     result = json.loads((ROOT / "recipes/benchmarks/results/digits_sfw.json").read_text())
-    arms = {
-        "K-sparse": ("k_sparse", "sgd_for_sparse"),
-        "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
-        "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
-        "group-K-support": ("group", "sgd_for_filters"),
-        "spectral K-support": ("spectral", "sgd_for_rank"),
-    }
     table = README.split("| region | one-shot |")[1].split("\n\n")[0]
-    rows = re.findall(rf"^\| ({'|'.join(arms)}) \| (\S+) \| (.*) \|$", table, re.M)
+    rows = re.findall(rf"^\| ({'|'.join(SFW_ARMS)}) \| (\S+) \| (.*) \|$", table, re.M)
     assert len(rows) == 11
     for title, pattern, cells in rows:
-        ours, sgd = arms[title]
+        ours, sgd = SFW_ARMS[title]
         means = [result["mean"][arm][pattern] for arm in (ours, sgd)]
         paired = result["minus_sgd"][ours][pattern]
         wanted = [f"{m['mean']:.1f} ± {m['std']:.1f}" for m in means]
@@ -351,21 +354,14 @@ def test_costs_of_sfw_are_those_of_the_result():
 
 def test_numbers_of_sfw_on_cifar10_are_those_of_the_result():
     result = json.loads((ROOT / "recipes/benchmarks/results/cifar10_sfw.json").read_text())
-    arms = {
-        "K-sparse": ("k_sparse", "sgd_for_sparse"),
-        "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
-        "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
-        "group-K-support": ("group", "sgd_for_filters"),
-        "spectral K-support": ("spectral", "sgd_for_rank"),
-    }
     table = README.split("| region, ResNet-20 | one-shot |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (.*) \| (dense|\S+:\S+) \| (.*) \|$", table, re.M)
     assert [(title, pattern) for title, pattern, _ in rows] == [
-        (title, pattern) for title, (ours, _) in arms.items() for pattern in result["minus_sgd"][ours]
+        (title, pattern) for title, (ours, _) in SFW_ARMS.items() for pattern in result["minus_sgd"][ours]
     ]
     for title, pattern, cells in rows:
-        ours, sgd = ([row["accuracy"][pattern] for row in result["runs"][arm]] for arm in arms[title])
-        wanted = [f"{result['mean'][arm][pattern]['mean']:.1f}" for arm in arms[title]]
-        by_seed = result["minus_sgd"][arms[title][0]][pattern]["by_seed"]
+        ours, sgd = ([row["accuracy"][pattern] for row in result["runs"][arm]] for arm in SFW_ARMS[title])
+        wanted = [f"{result['mean'][arm][pattern]['mean']:.1f}" for arm in SFW_ARMS[title]]
+        by_seed = result["minus_sgd"][SFW_ARMS[title][0]][pattern]["by_seed"]
         assert by_seed == pytest.approx([a - b for a, b in zip(ours, sgd, strict=True)], abs=1e-3)
         assert cells.split(" | ") == [*wanted, ", ".join(f"{d:+.1f}" for d in by_seed)]
