@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibration import recalibrate_batch_norm
 from .distributed import local, reshard
-from .patterns import Pattern, parse_patterns
+from .patterns import Pattern, distinct_patterns, parse_patterns
 from .structure import find_coupled_targets
 from .targets import Target
 from .training_data import TrainingBatches, generators_kept
@@ -166,12 +166,7 @@ def check_eval_patterns(patterns: str | Sequence[str | Pattern], best: str | Non
     Raises:
         ValueError: for a wrong pattern, two with one revision, or a `best` of a pattern that is not evaluated.
     """
-    revisions: dict[str, Pattern] = {}
-    for pattern in parse_patterns(patterns):
-        if pattern.revision in revisions:
-            other = revisions[pattern.revision]
-            raise ValueError(f"eval_patterns {other} and {pattern} have the same revision {pattern.revision}; keep one")
-        revisions[pattern.revision] = pattern
+    revisions = {pattern.revision: pattern for pattern in distinct_patterns(patterns)}
     if best is not None and _OF_A_PATTERN.search(best) and not any(f"_{r}_" in f"_{best}" for r in revisions):
         names = ", ".join(f"eval_{revision}_METRIC" for revision in revisions) or "none, as eval_patterns is not set"
         raise ValueError(

@@ -353,7 +353,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
 
 
 def changed_arguments(args: Any) -> dict[str, Any]:
-    """The fields of a dataclass of arguments that differ from their defaults, as JSON, without paths and secrets."""
+    """The fields of a dataclass of arguments that differ from their defaults, as JSON; no absolute paths or secrets."""
     left_out = {"output_dir", "resume_from_checkpoint", "use_cpu", "push_to_hub"}
     changed = {}
     for f in fields(args):
@@ -361,8 +361,8 @@ def changed_arguments(args: Any) -> dict[str, Any]:
         if isinstance(value, Enum):
             value = value.value
         is_plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
-        is_path = f.name == "teacher" and value is not None and Path(value).exists()
-        is_left_out = f.name in left_out or f.name.startswith("hub_") or is_path
+        is_of_this_machine = isinstance(value, str) and Path(value).is_absolute()
+        is_left_out = f.name in left_out or f.name.startswith("hub_") or is_of_this_machine
         if f.init and not is_left_out and is_plain and value != default:
             changed[f.name] = value
     return changed

@@ -19,7 +19,7 @@ from torch import nn
 from ..calibration import like_parameters, recalibrate_batch_norm
 from ..distributed import is_main_process, run_on_main
 from ..oneshot import CompressionReport, compress
-from ..patterns import Pattern, Unstructured, parse_patterns
+from ..patterns import Pattern, Unstructured, distinct_patterns
 from ..targets import unwrap
 from .family import Family, load_family
 from .footprint import count_macs, count_parameters, disk_bytes
@@ -87,7 +87,7 @@ def build_family(
     if example_inputs is None and calibration_data is not None:
         example_inputs = _first_sample(calibration_data)
     json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
-    cut = _distinct(patterns)
+    cut = distinct_patterns(patterns)
     target = Path(output_dir).absolute()
     partial = run_on_main(lambda: start_folder(target))
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
@@ -219,16 +219,6 @@ def _finish(manifest: Manifest, target: Path) -> None:
     plot_family(manifest, manifest.folder / "plots" / "sparsity")
     write_manifest(manifest)
     commit_folder(manifest.folder, target)
-
-
-def _distinct(patterns: Sequence[str | Pattern]) -> list[Pattern]:
-    parsed: dict[str, Pattern] = {}
-    for pattern in parse_patterns(patterns):
-        if pattern.revision in parsed:
-            other = parsed[pattern.revision]
-            raise ValueError(f"patterns {other} and {pattern} have the same revision {pattern.revision}; keep one")
-        parsed[pattern.revision] = pattern
-    return list(parsed.values())
 
 
 def _first_sample(batches: Iterable[Any]) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Pattern, parse_pattern, parse_patterns
+from .base import Pattern, distinct_patterns, parse_pattern, parse_patterns
 from .chain import Chain
 from .groups import Filters, Heads, Neurons
 from .low_rank import LowRank
@@ -20,6 +20,7 @@ __all__ = [
     "Pattern",
     "Quantized",
     "Unstructured",
+    "distinct_patterns",
     "parse_pattern",
     "parse_patterns",
 ]

@@ -144,6 +144,21 @@ def parse_patterns(patterns: str | Pattern | Iterable[str | Pattern]) -> list[Pa
     return [parse_pattern(patterns)]
 
 
+def distinct_patterns(patterns: str | Pattern | Iterable[str | Pattern]) -> list[Pattern]:
+    """`parse_patterns`, for patterns that stand side by side under the names of their revisions.
+
+    Raises:
+        ValueError: as `parse_pattern`, or for two with one revision.
+    """
+    parsed: dict[str, Pattern] = {}
+    for pattern in parse_patterns(patterns):
+        if pattern.revision in parsed:
+            other = parsed[pattern.revision]
+            raise ValueError(f"patterns {other} and {pattern} have the same revision {pattern.revision}; keep one")
+        parsed[pattern.revision] = pattern
+    return list(parsed.values())
+
+
 def parse_share(text: str, forms: str) -> float:
     """The share removed, in decimal notation; ValueError for anything else."""
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", text):

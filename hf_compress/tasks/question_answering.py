@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from .data import check_counts, load_splits, some, used_splits
-from .spans import Windows, answers, best_spans, positions, tokenize
+from .spans import Windows, answers, best_spans, positions, token_limit, tokenize
 from .squad import read_squad_file, squad_scores
 
 DEFAULT_FLAGS: dict[str, Any] = {}
@@ -83,9 +83,11 @@ def prepare(args: QuestionAnsweringArguments) -> dict[str, Any]:
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
 
     train, evaluation = _load_data(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model_name_or_path, padding_side="right"
+    )  # positions count from left
     model = AutoModelForQuestionAnswering.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    limit = getattr(model.config, "max_position_embeddings", None) or args.max_length
+    limit = token_limit(model, tokenizer)
     if args.max_length > limit:
         raise ValueError(f"max_length is {args.max_length}, but {args.model_name_or_path} takes at most {limit} tokens")
     unanswerable = args.unanswerable

@@ -169,7 +169,6 @@ def tokenize(
             f"{type(tokenizer).__name__} gives no offsets of tokens in the text, which answers are cut out by; take a "
             "model whose tokenizer is a fast one (a tokenizer.json)"
         )
-    question_first = tokenizer.padding_side == "right"
     lengths = [len(ids) for ids in tokenizer(list(questions), add_special_tokens=False)["input_ids"]]
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - stride
     if lengths and (longest := max(lengths)) >= room:
@@ -177,11 +176,10 @@ def tokenize(
             f"question {lengths.index(longest)} has {longest} tokens, which leaves no room for its context in windows "
             f"of {max_length} with a stride of {stride}; raise max_length, lower doc_stride or shorten the question"
         )
-    first, second = (questions, contexts) if question_first else (contexts, questions)
     encoded = tokenizer(
-        list(first),
-        list(second),
-        truncation="only_second" if question_first else "only_first",
+        list(questions),
+        list(contexts),
+        truncation="only_second",
         max_length=max_length,
         stride=stride,
         return_overflowing_tokens=True,
@@ -193,14 +191,13 @@ def tokenize(
     offsets = np.full((len(given), size, 2), -1, np.int32)
     null = np.zeros(len(given), np.int64)
     for i, (pairs, ids) in enumerate(zip(given, encoded["input_ids"], strict=True)):
-        is_context = np.array([s == int(question_first) for s in encoded.sequence_ids(i)])
+        is_context = np.array([s == 1 for s in encoded.sequence_ids(i)])
         offsets[i, : len(pairs)][is_context] = np.array(pairs, np.int32)[is_context]
         if tokenizer.cls_token_id in ids:
             null[i] = ids.index(tokenizer.cls_token_id)
     return dict(encoded), Windows(example, offsets, null)
 
 
-@torch.no_grad()
 def answer(
     model: nn.Module,
     tokenizer: Any,
@@ -244,25 +241,38 @@ def answer(
     for i, pair in enumerate(zip(questions, contexts, strict=True)):
         if not all(text.strip() for text in pair):
             raise ValueError(f"question {i} or its context is empty")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", max_length)
-    encoded, windows = tokenize(tokenizer, questions, contexts, min(max_length, limit), doc_stride)
+    length = min(max_length, token_limit(model, tokenizer))
+    encoded, windows = tokenize(tokenizer, questions, contexts, length, doc_stride)
+    start, end = _logits(model, tokenizer, encoded, batch_size)
+    spans = best_spans(start, end, windows, max(20, n_best), max_answer_length)
+    found = answers(spans, windows, contexts, n_best, unanswerable)
+    shaped = [listed[0] if n_best == 1 else listed for listed in found]
+    return shaped[0] if isinstance(question, str) else shaped
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokenizer: Any, encoded: dict[str, list[Any]], size: int) -> tuple[np.ndarray, ...]:
+    """Logits of starts and of ends for all windows, `size` at a time, (windows, tokens) each."""
     was_training, device = model.training, next(model.parameters()).device
+    longest = max(map(len, encoded["input_ids"]))
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     model.eval()
-    logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     try:
-        for i in range(0, len(windows.example), batch_size):
-            rows = {k: v[i : i + batch_size] for k, v in encoded.items()}
-            padded = tokenizer.pad(rows, padding="max_length", max_length=windows.offsets.shape[1], return_tensors="pt")
-            output = model(**padded.to(device))
-            for found, part in zip(logits, (output.start_logits, output.end_logits), strict=True):
-                found.append(part.float().cpu().numpy())
+        for i in range(0, len(encoded["input_ids"]), size):
+            rows = {k: v[i : i + size] for k, v in encoded.items()}
+            options = {"padding": "max_length", "max_length": longest, "padding_side": "right"}
+            output = model(**tokenizer.pad(rows, **options, return_tensors="pt").to(device))
+            for listed, logits in zip(found, (output.start_logits, output.end_logits), strict=True):
+                listed.append(logits.float().cpu().numpy())
     finally:
         model.train(was_training)
-    start, end = map(np.concatenate, logits)
-    spans = best_spans(start, end, windows, max(20, n_best), max_answer_length)
-    found_answers = answers(spans, windows, contexts, n_best, unanswerable)
-    shaped = [listed[0] if n_best == 1 else listed for listed in found_answers]
-    return shaped[0] if isinstance(question, str) else shaped
+    return tuple(map(np.concatenate, found))
+
+
+def token_limit(model: nn.Module, tokenizer: Any) -> int:
+    """How many tokens a model takes; a tokenizer that knows no limit has a very large one."""
+    of_model = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(limit for limit in (of_model, tokenizer.model_max_length) if limit is not None)
 
 
 def positions(windows: Windows, answer_of: Sequence[tuple[int, int] | None]) -> Mapping[str, list[int]]:

@@ -164,7 +164,7 @@ def summary(
     return {
         "what": __doc__,
         **facts(),
-        "minutes_on_one_core": round(sum(seconds) / 60, 1),
+        "minutes": round(sum(seconds) / 60, 1),
         "training": TRAINING,
         "tuning": tuning,
         "chosen": arms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 
@@ -129,3 +130,22 @@ def test_the_cifar10_result_is_what_its_runs_say(tmp_path):
     benchmark.draw(result, tmp_path / "plot")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_the_cifar10_result_of_sfw_is_what_its_runs_say(monkeypatch):
+    """The settings follow from the tuning, means and differences from the runs."""
+    folder = ROOT / "recipes" / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    benchmark = importlib.import_module("cifar10_sfw")
+    result = json.loads((folder / "results" / "cifar10_sfw.json").read_text())
+    arms = benchmark.chosen(result["tuning"])
+    again = benchmark.summary(result["tuning"], arms, result["runs"])
+    for key in ("what", "training", "chosen", "mean", "minus_sgd", "minutes"):
+        assert again[key] == result[key], key
+    assert [row["settings"] for row in result["tuning"]] == [s for arm in benchmark.grids().values() for s in arm]
+    for arm, settings in arms.items():
+        assert [row["settings"]["seed"] for row in result["runs"][arm]] == list(benchmark.SEEDS)
+        assert all(
+            row["settings"].items() >= {**settings, "seed": row["settings"]["seed"], "steps": -1, "held_out": 0}.items()
+            for row in result["runs"][arm]
+        )

@@ -124,8 +124,27 @@ def test_answer_looks_through_all_windows():
     assert several[0].text == "1843"
     assert len({a.text for a in several}) == 3
     assert [a.score for a in several] == sorted((a.score for a in several), reverse=True)
-    nothing = hfc.answer(model, tokenizer, "When?", "It was not.", unanswerable=True, doc_stride=16)
-    assert (nothing.start, nothing.end) != (0, 0) or nothing.text == ""
+
+
+def test_no_answer_is_one_only_where_it_is_allowed():
+    tokenizer = tiny_tokenizer()
+    model = Points(tokenizer, "[CLS]", "[CLS]")
+    options = {"question": "When?", "context": "It was in 1843.", "doc_stride": 16}
+    assert hfc.answer(model, tokenizer, **options, unanswerable=True).text == ""
+    assert hfc.answer(model, tokenizer, **options).text != ""
+
+
+def test_a_tokenizer_that_fills_up_on_the_left_finds_the_same_answers():
+    """Windows of several lengths in one batch: what is filled up would shift the tokens of the shorter one."""
+    tokenizer = tiny_tokenizer()
+    model, texts = (
+        Points(tokenizer, "1", "##3"),
+        ["It was in 1843.", "It was not in the year of the film, but in 1843."],
+    )
+    right = hfc.answer(model, tokenizer, ["When?", "When?"], texts, doc_stride=8)
+    tokenizer.padding_side = "left"
+    assert hfc.answer(model, tokenizer, ["When?", "When?"], texts, doc_stride=8) == right
+    assert [a.text for a in right] == ["1843", "1843"]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +163,6 @@ def test_mistakes_are_named(question, context, message):
 
 
 def test_a_tokenizer_without_offsets_is_refused():
-    slow = SimpleNamespace(is_fast=False)
+    slow = SimpleNamespace(is_fast=False, model_max_length=512)
     with pytest.raises(ValueError, match="gives no offsets of tokens"):
         hfc.answer(Points(tiny_tokenizer(), "1", "3"), slow, "Who?", "Ada.")
