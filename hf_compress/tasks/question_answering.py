@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset
 
 from .data import check_counts, load_splits, some, used_splits
-from .spans import Windows, answers, best_spans, positions, token_limit, tokenize
+from .spans import Windows, answers, best_spans, positions, tokenize
 from .squad import read_squad_file, squad_scores
+from .text_input import check_vocabulary, load_tokenizer, token_limit
 
 DEFAULT_FLAGS: dict[str, Any] = {}
 _COLUMNS = ("id", "question", "context", "answers")
@@ -80,13 +81,12 @@ def prepare(args: QuestionAnsweringArguments) -> dict[str, Any]:
 
     `compute_metrics` knows the windows of `eval_dataset`, so that it works in every trainer, on that data set whole.
     """
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 
     train, evaluation = _load_data(args)
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, padding_side="right"
-    )  # positions count from left
+    tokenizer = load_tokenizer(args.model_name_or_path, padding_side="right")  # positions count from the left
     model = AutoModelForQuestionAnswering.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    check_vocabulary(args.model_name_or_path, tokenizer, model)
     limit = token_limit(model, tokenizer)
     if args.max_length > limit:
         raise ValueError(f"max_length is {args.max_length}, but {args.model_name_or_path} takes at most {limit} tokens")

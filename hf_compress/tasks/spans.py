@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .text_input import token_limit
+
 _BATCH = 2048  # windows, so that pairs of starts and ends fit the cache
 
 
@@ -267,12 +269,6 @@ def _logits(model: nn.Module, tokenizer: Any, encoded: dict[str, list[Any]], siz
     finally:
         model.train(was_training)
     return tuple(map(np.concatenate, found))
-
-
-def token_limit(model: nn.Module, tokenizer: Any) -> int:
-    """How many tokens a model takes; a tokenizer that knows no limit has a very large one."""
-    of_model = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(limit for limit in (of_model, tokenizer.model_max_length) if limit is not None)
 
 
 def positions(windows: Windows, answer_of: Sequence[tuple[int, int] | None]) -> Mapping[str, list[int]]:

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from .data import check_columns, check_counts, hold_out, load_splits, some, used_splits, with_classes
 from .metrics import accuracy, f1, matthews_correlation
+from .text_input import check_vocabulary, load_tokenizer, token_limit
 
 DEFAULT_FLAGS: dict[str, Any] = {}
 # Names of GLUE and of most other data sets; the first whose columns are all there.
@@ -156,7 +157,7 @@ def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
     """A model for these classes, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification
 
-    tokenizer = _tokenizer(name)
+    tokenizer = load_tokenizer(name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,
         id2label=dict(enumerate(classes)),
@@ -165,34 +166,15 @@ def _pretrained(name: str, classes: list[str]) -> tuple[Any, Any]:
         ignore_mismatched_sizes=True,
         dtype=torch.float32,  # master weights
     )
-    known = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > known:
-        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {known}; give a folder of both")
+    check_vocabulary(name, tokenizer, model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer of {name} cannot be loaded: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
-        raise ValueError(f"{name} has no tokenizer; save one there: tokenizer.save_pretrained({name!r})")
-    if tokenizer.pad_token is None:  # models that were made to write texts
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {name} has no pad_token to fill batches with; set one and save it")
-    return tokenizer
-
-
 def _max_length(args: TextClassificationArguments, model: Any, tokenizer: Any, num_texts: int) -> int:
     """How many tokens a sample has at most."""
-    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    most = min(limit for limit in limits if limit is not None)
+    most = token_limit(model, tokenizer)
     length = min(most, _MOST_TOKENS) if args.max_length is None else args.max_length
     least = tokenizer.num_special_tokens_to_add(pair=num_texts == 2) + num_texts
     if not least <= length <= most:

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import QUIET
 from safetensors.torch import load_file
 from transformers import set_seed
 
 import hf_compress as hfc
-from hf_compress.tasks.image_classification import ImageClassificationArguments, prepare
+from hf_compress.tasks.image_classification import DEFAULT_FLAGS, ImageClassificationArguments, prepare
 
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)
 UNSTRUCTURED = [f"unstructured:{share}" for share in SHARES]
@@ -55,15 +56,6 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 20,
     "weight_decay": 1e-4,
     "max_grad_norm": 0.0,
-}
-QUIET: dict[str, Any] = {
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "remove_unused_columns": False,
-    "use_cpu": True,
 }
 
 
@@ -117,7 +109,7 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     parts = prepare(task)
     parts["model"].timm_model.load_state_dict(load_file(options.weights), strict=False)  # lacks num_batches_tracked
     parts["eval_dataset"] = list(parts["eval_dataset"])  # decoded once for all variants
-    flags = {**TRAINING, **QUIET, **ARMS.get(arm, ARMS["sgd"])}
+    flags = {**TRAINING, **QUIET, **DEFAULT_FLAGS, **ARMS.get(arm, ARMS["sgd"])}
     with tempfile.TemporaryDirectory() as folder:
         args = hfc.CrAMConfig(folder, seed=seed, bf16=options.bf16, max_steps=options.max_steps, **flags)
         trainer = hfc.CrAMTrainer(args=args, **parts)

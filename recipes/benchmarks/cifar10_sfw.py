@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 from digits import facts, mean, paired
-from kept import all_kept
+from kept import QUIET, all_kept
 from safetensors.torch import load_file
 from transformers import set_seed
 
 from hf_compress.methods.registry import METHODS
-from hf_compress.tasks.image_classification import ImageClassificationArguments, prepare
+from hf_compress.tasks.image_classification import DEFAULT_FLAGS, ImageClassificationArguments, prepare
 
 GOALS = {
     "sparse": ["unstructured:0.8", "unstructured:0.9", "unstructured:0.95"],
@@ -55,15 +55,6 @@ TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 10,
     "max_grad_norm": 0.0,
-}
-QUIET: dict[str, Any] = {
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "remove_unused_columns": False,
-    "use_cpu": True,
 }
 TUNING = {"steps": 400, "held_out": 5000, "seed": 0}
 SEEDS = (0, 1)
@@ -140,7 +131,7 @@ def run(settings: dict[str, Any], data: Path, weights: Path) -> dict[str, Any]:
     own = {k: v for k, v in settings.items() if k not in ("method", "goal", "held_out", "steps")}
     method = METHODS[settings["method"]]
     with tempfile.TemporaryDirectory() as folder:
-        args = method.config_class(output_dir=folder, max_steps=steps, **{**TRAINING, **QUIET, **own})
+        args = method.config_class(output_dir=folder, max_steps=steps, **{**TRAINING, **QUIET, **DEFAULT_FLAGS, **own})
         trainer: Any = method.trainer_class(args=args, **parts)
         start = time.time()
         trainer.train()

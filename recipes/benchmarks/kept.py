@@ -12,6 +12,16 @@ from typing import Any
 
 Run = dict[str, Any]
 
+# Arguments of a training that leaves nothing behind but its weights.
+QUIET: dict[str, Any] = {
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+    "use_cpu": True,
+}
+
 
 def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], measures: bool = True) -> Run | None:
     """The result of one run: read from its file, or measured now and written to it.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from digits import facts
-from kept import all_kept
+from kept import QUIET, all_kept
 from transformers import set_seed
 
 import hf_compress as hfc
@@ -53,14 +53,6 @@ TRAINING: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 TUNING: dict[str, Any] = {**TRAINING, **PLAIN, "max_steps": 30, "learning_rate": 5e-5, "warmup_steps": 0}
-QUIET: dict[str, Any] = {
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "use_cpu": True,
-}
 DATA = {"max_length": 256, "doc_stride": 64, "max_train_samples": 4000}
 SEEDS = (0, 1)
 
