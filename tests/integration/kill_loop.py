@@ -1,4 +1,4 @@
-"""Trains in forked processes that are killed at random moments, saves included, until one run has got through."""
+"""Trains in forked processes that are killed at random moments, saves included, until two runs have got through."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def main(folder: Path, kills: int) -> None:
     seconds = time.monotonic() - started
     wanted = torch.load(folder / "whole" / "weights.pt", weights_only=True)
     facts = {"kills": 0, "in_saves": 0, "runs": 0, "equal": [], "failures": 0}
-    while facts["kills"] < kills:
-        cut = folder / "cut"
+    while facts["kills"] < kills or facts["runs"] < 2:
+        cut, before = folder / "cut", facts["kills"]
         shutil.rmtree(cut, ignore_errors=True)
         while not (cut / "weights.pt").exists():
             child = start(cut)
-            if facts["kills"] < kills:
+            if facts["kills"] < kills or facts["kills"] == before:  # no run without a kill
                 time.sleep(random.uniform(0.0, seconds))
                 os.kill(child, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -28,7 +28,7 @@ def test_kills_at_random_moments(tmp_path, method, kills):
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["kills"] == kills
+    assert facts["kills"] >= kills
     assert facts["failures"] == 0, done.stderr
     assert facts["equal"] == [True] * facts["runs"]
     assert facts["runs"] >= 2
