@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .compressed_evaluation import CompressedEvaluationMixin, check_eval_patterns
@@ -279,6 +281,10 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
         if self.accelerator.is_main_process:
             whole.load_state_dict(state)
         return whole.to(self.args.device)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Row after row: `group_by_length` would shuffle this data set too, and answers belong to their questions."""
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def evaluate_variant(self, model: torch.nn.Module) -> dict[str, Any]:
         """Metrics of another model on `eval_dataset`, without a trace in the log or in callbacks."""

@@ -100,7 +100,7 @@ def prepare(args: QuestionAnsweringArguments) -> dict[str, Any]:
         "train_dataset": train_features,
         "eval_dataset": eval_features,
         "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": scorer(evaluation, windows, args, unanswerable),
+        "compute_metrics": scorer(evaluation, windows, eval_features, args, unanswerable),
         "preprocess_logits_for_metrics": lambda logits, _: logits[:2],  # some models give hidden states too
         "processing_class": tokenizer,
     }
@@ -121,13 +121,23 @@ def features(
 
 
 def scorer(
-    questions: Dataset, windows: Windows, args: QuestionAnsweringArguments, unanswerable: bool
+    questions: Dataset, windows: Windows, features: Dataset, args: QuestionAnsweringArguments, unanswerable: bool
 ) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` of a `Trainer`: exact match and F1 of the answers to these questions, in points."""
+    """`compute_metrics` of a `Trainer`: exact match and F1 of the answers to these questions, in points.
+
+    It raises ValueError where predictions come in another order than that of the windows (`features`).
+    """
     names, contexts = list(questions["id"]), list(questions["context"])
+    labels = np.array([features["start_positions"], features["end_positions"]])
     references = dict(zip(names, (a["text"] for a in questions["answers"]), strict=True))
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
+        if prediction.label_ids is not None and not np.array_equal(np.asarray(prediction.label_ids), labels):
+            raise ValueError(
+                "the predictions do not belong to the evaluation data, window by window: transformers' Trainer mixes "
+                "them with train_sampling_strategy='group_by_length', and other data sets have other windows; take a "
+                "trainer of hf_compress, or another strategy, and the eval_dataset that was prepared"
+            )
         start, end = (np.asarray(logits) for logits in prediction.predictions[:2])
         spans = best_spans(start, end, windows, args.n_best, args.max_answer_length)
         found = answers(spans, windows, contexts, 1, unanswerable, args.null_threshold)

@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
 
 import hf_compress as hfc
 from hf_compress.cli import run
@@ -61,7 +60,8 @@ def known_logits(features, size):
     start, end = np.zeros((2, len(features), size))
     for i, row in enumerate(features):
         start[i, row["start_positions"]] = end[i, row["end_positions"]] = 9
-    return SimpleNamespace(predictions=(start, end))
+    labels = tuple(np.array(features[name]) for name in ("start_positions", "end_positions"))
+    return EvalPrediction(predictions=(start, end), label_ids=labels)
 
 
 def test_the_right_logits_score_all_points_and_others_do_not(bert, files):
@@ -71,10 +71,28 @@ def test_the_right_logits_score_all_points_and_others_do_not(bert, files):
     assert max(map(len, features["input_ids"])) <= 48
     known = known_logits(features, 48)
     assert parts["compute_metrics"](known) == {"exact_match": 100, "f1": 100}
-    flipped = SimpleNamespace(predictions=[-x for x in known.predictions])
+    flipped = EvalPrediction(predictions=[-x for x in known.predictions], label_ids=known.label_ids)
     assert parts["compute_metrics"](flipped)["f1"] < 50
-    with pytest.raises(ValueError, match="do not belong to"):
-        parts["compute_metrics"](SimpleNamespace(predictions=[x[1:] for x in known.predictions]))
+    fewer = [x[1:] for x in known.predictions]
+    with pytest.raises(ValueError, match="do not belong to 1[0-9] windows"):
+        parts["compute_metrics"](EvalPrediction(predictions=fewer, label_ids=None))
+    with pytest.raises(ValueError, match="window by window"):
+        parts["compute_metrics"](EvalPrediction(predictions=fewer, label_ids=[x[1:] for x in known.label_ids]))
+
+
+def test_grouping_by_length_mixes_no_answers(bert, files, tmp_path):
+    """transformers' Trainer groups the evaluation data too: its answers would belong to other questions."""
+    parts = prepare(QuestionAnsweringArguments(bert, **files, max_length=48, doc_stride=8))
+    flags = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none"}
+    scores = []
+    for strategy in ("random", "group_by_length"):
+        args = hfc.CrAMConfig(str(tmp_path), train_sampling_strategy=strategy, **flags)
+        scores.append(hfc.CrAMTrainer(args=args, **parts).evaluate())
+    for name in ("eval_f1", "eval_exact_match", "eval_loss"):
+        assert scores[0][name] == pytest.approx(scores[1][name])
+    args = TrainingArguments(str(tmp_path), train_sampling_strategy="group_by_length", **flags)
+    with pytest.raises(ValueError, match="group_by_length"):
+        Trainer(args=args, **parts).evaluate()
 
 
 def test_questions_without_answer_are_found_in_the_data(bert, tmp_path):
