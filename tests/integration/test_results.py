@@ -1,0 +1,140 @@
+"""Every number of a comparison in the README stands in the result that is linked beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+
+
+def result_of(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_the_table_is_that_of_a_run_that_happened(tmp_path):
+    from dataclasses import replace
+
+    from hf_compress.cli.table import render
+    from hf_compress.family import Family, Variant
+
+    content = result_of("digits_cram_family")
+    dense, *variants = (Variant(**v) for v in (content["dense"], *content["variants"]))
+    keys = ("method", "task", "base_model", "recipe", "versions", "files")
+    family = Family(folder=tmp_path, dense=dense, variants=tuple(variants), **{k: content[k] for k in keys})
+    assert render(family) in README
+    assert render(replace(family, variants=())) + "\n\n" not in README
+
+
+def test_numbers_in_the_readme_are_those_of_the_result():
+    result = result_of("digits_cram")
+    rows = re.findall(r"^\| (dense|unstructured:\S+|2:4) \| (.*) \|$", README, re.M)
+    assert len(rows) == 7
+    for pattern, cells in rows:
+        means = [result["mean"][arm][pattern] for arm in ("cram", "sgd", "sgd_equal_compute")]
+        paired = result["cram_minus"]["sgd"][pattern]
+        wanted = [f"{m['mean']:.1f} ± {m['std']:.1f}" for m in means]
+        wanted.append(f"{paired['difference']:+.1f} ({paired['standard_error']:.1f})")
+        assert cells.split(" | ") == wanted
+
+
+def test_numbers_of_cifar10_are_those_of_the_result():
+    result = result_of("cifar10_cram")
+    rows = re.findall(r"^\| ResNet-20, (\S+) \| (.*) \|$", README, re.M)
+    assert [pattern for pattern, _ in rows] == list(result["mean"]["sgd"])
+    for pattern, cells in rows:
+        means = [result["mean"][arm][pattern]["mean"] for arm in ("sgd", "sam", "cram_multi", "cram_nm")]
+        assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
+
+
+# What a row of a table of SFW is called, its arm in the result, and the arm that it is compared with.
+SFW_ARMS = {
+    "K-sparse": ("k_sparse", "sgd_for_sparse"),
+    "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
+    "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
+    "group-K-support": ("group", "sgd_for_filters"),
+    "spectral K-support": ("spectral", "sgd_for_rank"),
+}
+
+
+def test_numbers_of_sfw_are_those_of_the_result():
+    result = result_of("digits_sfw")
+    table = README.split("| region | one-shot |")[1].split("\n\n")[0]
+    rows = re.findall(rf"^\| ({'|'.join(SFW_ARMS)}) \| (\S+) \| (.*) \|$", table, re.M)
+    assert len(rows) == 11
+    for title, pattern, cells in rows:
+        ours, sgd = SFW_ARMS[title]
+        means = [result["mean"][arm][pattern] for arm in (ours, sgd)]
+        paired = result["minus_sgd"][ours][pattern]
+        wanted = [f"{m['mean']:.1f} ± {m['std']:.1f}" for m in means]
+        wanted.append(f"{paired['difference']:+.1f} ({paired['standard_error']:.1f})")
+        assert cells.split(" | ") == wanted
+    # Twice the standard error at the highest share of each pattern.
+    for arm, pattern in (("k_sparse", "unstructured:0.95"), ("group", "filters:0.5"), ("spectral", "low_rank:0.75")):
+        paired = result["minus_sgd"][arm][pattern]
+        assert paired["difference"] > 2 * paired["standard_error"]
+
+
+def test_the_rank_correlation_in_the_readme_is_that_of_the_result():
+    result = result_of("report_ranking")
+    means = [net["mean"][result["score_of_the_report"]] for net in result["nets"].values()]
+    assert f"rank correlation of {means[0]:.2f} on the ResNet-20" in README
+    assert f"and of {means[1]:.2f} on a" in README
+
+
+def test_the_result_meets_its_bars():
+    """Dense within half a point of SGD, and ahead after pruning by more than twice the standard error."""
+    result = result_of("digits_cram")
+    paired = result["cram_minus"]["sgd"]
+    assert len(result["runs"]["cram"]) == 5
+    assert paired["dense"]["difference"] >= -0.5
+    for pattern in ("unstructured:0.9", "unstructured:0.95"):
+        assert paired[pattern]["difference"] > 2 * paired[pattern]["standard_error"]
+    assert paired["unstructured:0.95"]["difference"] >= 5
+
+
+def test_costs_of_sfw_are_those_of_the_result():
+    nets = result_of("sfw_cost")["nets"]
+    names = {
+        "group": "group-K-support",
+        "k_sparse": "K-sparse",
+        "k_support": "K-support",
+        "spectral": "spectral K-support",
+    }
+    for region, name in names.items():
+        ratios = [nets[net][region]["ratio_of_minima"] for net in ("resnet50", "bert-base")]
+        assert f"| {name} step | {ratios[0]:.1f} x | {ratios[1]:.1f} x |" in README
+        assert all(nets[net][region]["state_in_copies"] < 1.05 for net in nets)
+    limits = {"group": 4, "k_sparse": 20, "spectral": 45}
+    assert all(nets[net][region]["ratio_of_minima"] <= limit for region, limit in limits.items() for net in nets)
+
+
+def test_numbers_of_sfw_on_cifar10_are_those_of_the_result():
+    result = result_of("cifar10_sfw")
+    table = README.split("| region, ResNet-20 | one-shot |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (.*) \| (dense|\S+:\S+) \| (.*) \|$", table, re.M)
+    assert [(title, pattern) for title, pattern, _ in rows] == [
+        (title, pattern) for title, (ours, _) in SFW_ARMS.items() for pattern in result["minus_sgd"][ours]
+    ]
+    for title, pattern, cells in rows:
+        ours, sgd = ([row["accuracy"][pattern] for row in result["runs"][arm]] for arm in SFW_ARMS[title])
+        wanted = [f"{result['mean'][arm][pattern]['mean']:.1f}" for arm in SFW_ARMS[title]]
+        by_seed = result["minus_sgd"][SFW_ARMS[title][0]][pattern]["by_seed"]
+        assert by_seed == pytest.approx([a - b for a, b in zip(ours, sgd, strict=True)], abs=1e-3)
+        assert cells.split(" | ") == [*wanted, ", ".join(f"{d:+.1f}" for d in by_seed)]
+
+
+def test_the_speed_of_answers_is_that_of_the_result():
+    result = result_of("span_postprocessing")
+    milliseconds = 1000 * statistics.median(result["seconds"]["hf_compress"])
+    times = result["example_over"]["hf_compress"]
+    assert f"from the logits of {result['questions']:,} questions in {milliseconds:.0f} ms" in README
+    assert f"{times:.0f} times faster than by transformers' example" in README
+    assert result["equal_answers"] == result["questions"]
+    assert min(result["example_over"].values()) >= 1
