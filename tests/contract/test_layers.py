@@ -27,6 +27,7 @@ ORDER = [
     ("methods.*.init", 4),
     ("methods.*.factory", 4),
     ("methods.*.penalty", 4),
+    ("methods.*.trainability", 4),
     ("methods.*.parametrization", 4),
     ("methods.*.entropy_model", 4),
     ("methods.*.priors", 4),

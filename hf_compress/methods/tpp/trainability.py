@@ -1,0 +1,78 @@
+"""How well gradients pass a network: singular values of the Jacobian of its outputs by its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def mean_jacobian_singular_value(model: nn.Module, inputs: Any) -> float:
+    """The mean over samples of all singular values of the Jacobian; 1 would pass gradients on unchanged.
+
+    Args:
+        model: see `jacobian_singular_values`.
+        inputs: one batch, see there, or an iterable of batches.
+
+    Raises:
+        ValueError: without a batch.
+    """
+    batches = [inputs] if isinstance(inputs, (torch.Tensor, Mapping)) else inputs
+    values = [jacobian_singular_values(model, batch).flatten() for batch in batches]
+    if not values:
+        raise ValueError("inputs are empty; give a batch, or an iterable of batches")
+    return float(torch.cat(values).mean())
+
+
+def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """Singular values of d outputs / d inputs for every sample, (samples, min(outputs, inputs)), in descending order.
+
+    The model runs in eval mode, so that samples do not mix and no statistics change; no gradient of a parameter and no
+    random number is touched. One backward pass is taken for each output.
+
+    Args:
+        model: its output is a tensor (samples, ...), or has one as `logits`.
+        inputs: a floating-point tensor (samples, ...), or a mapping of keyword arguments with one as `pixel_values` or
+            `inputs_embeds`.
+
+    Raises:
+        ValueError: for inputs without a gradient, such as token ids.
+
+    Source: Saxe et al., arXiv:1312.6120; Wang and Fu, arXiv:2207.12534, section 4.
+    """
+    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    name = next((n for n in ("pixel_values", "inputs_embeds") if n in keywords), None)
+    given = keywords[name] if name else inputs
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        raise ValueError(
+            "the Jacobian is taken by a floating-point tensor of inputs: give it alone, or as pixel_values or "
+            f"inputs_embeds; got {list(keywords) or type(inputs).__name__}"
+        )
+    device = next(model.parameters()).device
+    with torch.enable_grad(), _in_eval_mode(model):
+        at = given.detach().to(device).requires_grad_(True)
+        arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+        output: Any = model(**{**arguments, name: at}) if name else model(at)
+        output = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        if output is None:
+            raise ValueError(f"{type(model).__name__} gives neither a tensor nor logits")
+        outputs = output.flatten(1)
+        rows = [
+            torch.autograd.grad(outputs[:, i].sum(), at, retain_graph=i + 1 < outputs.shape[1])[0].flatten(1)
+            for i in range(outputs.shape[1])
+        ]
+    return torch.linalg.svdvals(torch.stack(rows, 1).double())
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
