@@ -1,0 +1,261 @@
+"""Outputs that are removed for real: smaller layers, equal to the larger ones with zeros in those places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..targets import kind_of, unwrap
+from .belonging import Belonging
+from .dependencies import call, is_depthwise
+from .factored import reasons_to_stay
+
+Lines = dict[tuple[str, str], tuple[int, ...]]  # (layer, part) to the indices that go
+
+# What attention modules call sizes that are proportional to their number of heads.
+HEAD_ATTRIBUTES = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "num_key_value_heads",
+    "all_head_size",
+    "attn_dim",  # timm
+    "split_size",  # GPT-2
+)
+_MARK = "_removed_attributes"  # of a module that has changed: its attributes that did
+_TOLERANCE = 1e-4  # of the largest output, for one forward pass in the type of the weights
+
+
+def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: Any = None) -> int:
+    """Remove outputs of layers in place, and all that goes with them.
+
+    In eval mode the result equals the model with these outputs (weights, biases, and the scales and shifts of the norms
+    that go with them) set to zero. Parameters that change are new ones: optimizers must be made anew.
+
+    Args:
+        model: any module; wrappers are looked through.
+        plan: name of a layer to the indices of the outputs that go: filters of a convolution, neurons, or all rows of
+            attention heads in one of the projections.
+        example_inputs: see `Dependencies`; needed for filters. With it the equality is checked on these inputs.
+
+    Returns:
+        How many parameters are gone.
+
+    Raises:
+        ValueError: for an empty plan, outputs that cannot be removed exactly, with the reason, or two entries that
+            contradict each other. The model is then unchanged.
+    """
+    model = unwrap(model)
+    lines = merged(plan, Belonging(model, example_inputs))
+    for (path, _), reason in reasons_of(model, lines).items():
+        raise ValueError(f"nothing can be removed from {path!r}: {reason}")
+    before = sum(p.numel() for p in model.parameters())
+    if example_inputs is None:
+        _cut(model, lines)
+    else:
+        with _checked(model, lines, example_inputs):
+            _cut(model, lines)
+    return before - sum(p.numel() for p in model.parameters())
+
+
+def merged(plan: Mapping[str, Sequence[int]], belonging: Belonging) -> Lines:
+    """What all entries of a plan remove, by layer and part.
+
+    Raises:
+        ValueError: for an empty plan, or two entries that remove different outputs of one layer.
+    """
+    if not plan:
+        raise ValueError("the plan is empty; name a layer and the indices of outputs to remove")
+    found: Lines = {}
+    for path, indices in plan.items():
+        for line in belonging.of(path, indices):
+            key = line.path, line.part
+            if found.setdefault(key, line.indices) != line.indices:
+                raise ValueError(
+                    f"two entries of the plan, {path!r} for one, remove different {line.part} of {line.path!r}; "
+                    "name one layer of those that go together"
+                )
+    return found
+
+
+def reasons_of(model: nn.Module, lines: Lines) -> dict[tuple[str, str], str]:
+    """Why layers cannot be cut, for those that cannot."""
+    reasons = {name.removesuffix(".weight"): reason for name, reason in reasons_to_stay(model).items()}
+    return {key: reasons[key[0]] for key in lines if key[0] in reasons}
+
+
+def removed_layers(model: nn.Module) -> Iterator[tuple[str, Any, dict[str, int]]]:
+    """Name, module and changed attributes of all that `remove` or `resize` has changed."""
+    for name, module in unwrap(model).named_modules():
+        if _MARK in vars(module):
+            yield name, module, vars(module)[_MARK]
+
+
+def mark(module: nn.Module, **attributes: int) -> None:
+    """Set attributes of a module, and remember that they are not those of its config."""
+    changed = vars(module).setdefault(_MARK, {})
+    for name, value in attributes.items():
+        setattr(module, name, value)
+        changed[name] = value
+
+
+def forget_marks(model: nn.Module) -> None:
+    """For a model whose config says it all."""
+    for _, module, _ in list(removed_layers(model)):
+        delattr(module, _MARK)
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, lines: Lines) -> None:
+    heads = _heads(model, lines)
+    for (path, part), indices in lines.items():
+        module: Any = model.get_submodule(path)
+        dim = 0 if part == "norm" else _dim_of(module, part)
+        count = module.num_features if part == "norm" else module.weight.shape[dim]
+        keep = torch.ones(count, dtype=torch.bool)
+        keep[list(indices)] = False
+        kept = keep.nonzero().flatten()
+        for name, along in _tensors_of(module, part):
+            _shrink(module, name, along, kept)
+        mark(module, **sizes_of(module, part, len(kept)))
+    for module, attributes in heads:
+        mark(module, **attributes)
+
+
+def sizes_of(module: Any, part: str, count: int) -> dict[str, int]:
+    """The attributes that say how many outputs, inputs or channels a layer has."""
+    if part == "norm":
+        return {"num_features": count}
+    kind = kind_of(module)[0]
+    if kind == "conv":
+        if is_depthwise(module):
+            return {"in_channels": count, "out_channels": count, "groups": count}
+        return {"out_channels" if part == "outputs" else "in_channels": count}
+    names = ("nf", "nx") if kind == "conv1d" else ("out_features", "in_features")
+    return {names[part == "inputs"]: count}
+
+
+def resize(module: Any, attributes: Mapping[str, int]) -> None:
+    """Give a module the sizes that `removed_layers` tells, with tensors that have no values, on the device "meta".
+
+    Args:
+        module: as its config makes it.
+        attributes: checked ones.
+    """
+    parts = {"num_features": "norm", "out_features": "outputs", "out_channels": "outputs", "nf": "outputs"}
+    parts |= {"in_features": "inputs", "in_channels": "inputs", "nx": "inputs"}
+    for attribute, count in attributes.items():
+        if attribute not in parts or (attribute == "in_channels" and "groups" in attributes):
+            continue
+        for name, dim in _tensors_of(module, parts[attribute]):
+            tensor = getattr(module, name)
+            shape = [count if d == dim else size for d, size in enumerate(tensor.shape)]
+            new: torch.Tensor = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(new, tensor.requires_grad) if is_parameter else new)
+    mark(module, **attributes)
+
+
+def _dim_of(module: nn.Module, part: str) -> int:
+    reduction_dim = kind_of(module)[1]
+    return reduction_dim if part == "inputs" else 1 - reduction_dim
+
+
+def _tensors_of(module: Any, part: str) -> list[tuple[str, int]]:
+    """The parameters and buffers of a layer that have a dimension to cut, and which."""
+    if part == "norm":
+        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        return [(name, 0) for name, tensor in named if tensor.ndim == 1]
+    found = [("weight", _dim_of(module, part))]
+    return [*found, ("bias", 0)] if part == "outputs" and module.bias is not None else found
+
+
+def _shrink(module: nn.Module, name: str, dim: int, kept: torch.Tensor) -> None:
+    tensor: Any = getattr(module, name)
+    smaller = tensor.detach().index_select(dim, kept.to(tensor.device)).contiguous()
+    if isinstance(tensor, nn.Parameter):
+        smaller = nn.Parameter(smaller, tensor.requires_grad)
+    setattr(module, name, smaller)
+
+
+def _heads(model: nn.Module, lines: Lines) -> list[tuple[nn.Module, dict[str, int]]]:
+    """Attention modules that lose heads, and what their attributes become."""
+    found: dict[str, tuple[nn.Module, dict[str, int]]] = {}
+    for (path, part), indices in lines.items():
+        parent = path.rpartition(".")[0]
+        module: Any = model.get_submodule(parent)
+        names = [n for n in HEAD_ATTRIBUTES if type(vars(module).get(n)) is int]
+        if part != "outputs" or not names or kind_of(model.get_submodule(path))[0] == "conv":
+            continue
+        layer: Any = model.get_submodule(path)
+        count = layer.weight.shape[_dim_of(layer, part)]
+        left = count - len(indices)
+        changed = {name: vars(module)[name] * left // count for name in names}
+        found[parent] = module, changed
+    return list(found.values())
+
+
+@contextmanager
+def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
+    """Compare outputs with zeros and outputs of smaller layers; where they differ, the model gets everything back."""
+    modules = {module: module.training for module in model.modules()}
+    changed = {path for path, _ in lines} | {path.rpartition(".")[0] for path, _ in lines}
+    own = [model.get_submodule(path) for path in changed]
+    before = [{k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()} for module in own]
+    model.eval()
+    try:
+        with _zeros(model, lines):
+            wanted = _output(model, inputs)
+        yield
+        try:
+            found = _output(model, inputs)
+        except (RuntimeError, TypeError, IndexError) as reason:
+            message = f"these outputs cannot be removed: the model does not run without them ({reason})"
+            raise ValueError(message) from reason
+        error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        if not error <= _TOLERANCE * max(scale, 1e-3):
+            raise ValueError(
+                f"these outputs cannot be removed exactly: without them the output differs by {error:.2g} (largest: "
+                f"{scale:.2g}) from that with zeros in their place"
+            )
+    except BaseException:
+        for module, attributes in zip(own, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+    finally:
+        for module, training in modules.items():
+            module.training = training
+
+
+@contextmanager
+def _zeros(model: nn.Module, lines: Lines) -> Iterator[None]:
+    """What the lines remove is zero inside, but inputs, which read zeros then."""
+    places = []
+    for (path, part), indices in lines.items():
+        module: Any = model.get_submodule(path)
+        if part != "inputs":
+            for name, dim in _tensors_of(module, part):
+                if isinstance(getattr(module, name), nn.Parameter):
+                    places.append((getattr(module, name), dim, torch.tensor(indices)))
+    with torch.no_grad():
+        kept = [parameter.index_select(dim, at.to(parameter.device)) for parameter, dim, at in places]
+        for parameter, dim, at in places:
+            parameter.index_fill_(dim, at.to(parameter.device), 0)
+        try:
+            yield
+        finally:
+            for (parameter, dim, at), values in zip(places, kept, strict=True):
+                parameter.index_copy_(dim, at.to(parameter.device), values)
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: Any) -> torch.Tensor:
+    output: Any = call(model, inputs)
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output.double()
