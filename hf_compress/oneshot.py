@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import structure
 from .patterns import LowRank, Pattern, parse_pattern
+from .patterns.base import checked
+from .patterns.groups import Grouped
 from .patterns.low_rank import truncate_
-from .structure import factor, factored_layers, find_coupled_targets, reasons_to_stay, write_description
-from .targets import Target, unwrap
+from .structure import Belonging, factor, factored_layers, find_coupled_targets, reasons_to_stay, write_description
+from .targets import Target, find_targets, unwrap
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def compress(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     remove: bool = False,
+    multiple_of: int = 1,
+    example_inputs: Any = None,
 ) -> CompressionReport:
     """Compress a model in place.
 
@@ -66,9 +71,13 @@ def compress(
         pattern: such as "unstructured:0.9", "2:4", "neurons:0.5" or "low_rank:0.75".
         include: globs on names, see `find_targets`.
         exclude: globs on names, see `find_targets`.
-        remove: let shapes shrink. Layers of low rank become two layers, and a transformers model that is saved then
-            loads through `from_pretrained` after `import hf_compress`. Layers that cannot be replaced keep their shape,
-            with the same values as without `remove`, and are reported as skipped.
+        remove: let shapes shrink. Layers of low rank become two layers; filters, neurons and heads are cut out, with
+            the norms behind them. A transformers model that is saved then loads through `from_pretrained`, after
+            `import hf_compress` unless its config can say the new widths. Layers that cannot shrink keep their shape,
+            with the same values as without `remove`, and are reported as skipped. Parameters are new ones then.
+        multiple_of: with `remove`, so many filters or neurons or a multiple stay, rounded up; heads are not rounded.
+        example_inputs: with `remove`, a sample to run the model on, which shows what goes with filters, and checks the
+            result; by default images of its own size, or token ids, for models of transformers and timm.
 
     Raises:
         ValueError: for a wrong pattern or glob, a model without targets or without what the pattern removes (filters,
@@ -76,10 +85,13 @@ def compress(
             The model is then unchanged.
     """
     pattern = parse_pattern(pattern)
-    if remove and not isinstance(pattern, LowRank):
+    if remove and not isinstance(pattern, (LowRank, Grouped)):
         raise ValueError(
-            f"remove=True changes shapes, which so far low_rank:SHARE can; {pattern} writes zeros: drop it"
+            "remove=True changes shapes, which low_rank:SHARE, filters:SHARE, neurons:SHARE and heads:SHARE can; "
+            f"{pattern} writes zeros or rounds: drop it"
         )
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise ValueError(f"multiple_of is a whole number of at least 1, got {multiple_of!r}")
     targets = find_coupled_targets(model, include, exclude)
     if not targets:
         raise ValueError(
@@ -97,6 +109,10 @@ def compress(
         for name in ranks.keys() - stay.keys():
             layer = layers[name.rpartition(".")[0]]
             weights[name] = [layer.weight, layer.factor.weight]
+    elif isinstance(pattern, Grouped) and remove:
+        multiple = 1 if pattern.name == "heads" else multiple_of
+        skipped |= _remove(model, pattern, targets, multiple, example_inputs)
+        weights = {name: [unwrap(model).get_parameter(name)] for name in targets}
     else:
         pattern.project_(targets)
     return CompressionReport(
@@ -116,6 +132,23 @@ def _factor(model: nn.Module, ranks: dict[str, int], targets: dict[str, Target])
     factor(model, {name: rank for name, rank in ranks.items() if name not in stay})
     write_description(model)
     return stay
+
+
+@torch.no_grad()
+def _remove(
+    model: nn.Module, pattern: Grouped, targets: dict[str, Target], multiple_of: int, example_inputs: Any
+) -> dict[str, str]:
+    """Cut groups out; why some weights keep their shape, which get zeros there."""
+    example_inputs = structure.example_inputs(model) if example_inputs is None else example_inputs
+    kept = pattern.kept(checked(targets), multiple_of)
+    on_disk = _merged_on_disk(unwrap(model), targets)
+    plan, stay = structure.plan_removal(model, targets, kept, Belonging(model, example_inputs), on_disk)
+    if plan:
+        structure.remove(model, plan, example_inputs)
+    now = find_targets(model, include=["*"])  # the inputs of those that stay may have shrunk
+    pattern.write_({name: now[name] for name in stay}, {name: kept[name] for name in stay})
+    write_description(model)
+    return {name: f"it keeps its shape: {reason}" for name, reason in stay.items()}
 
 
 def _merged_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ..calibration import like_parameters, recalibrate_batch_norm
 from ..distributed import is_main_process, run_on_main
 from ..oneshot import CompressionReport, compress
 from ..patterns import Pattern, Unstructured, distinct_patterns
+from ..structure import describe
 from ..targets import unwrap
 from .family import Family, load_family
 from .footprint import count_macs, count_parameters, disk_bytes
@@ -243,7 +244,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _loads_with(model: nn.Module) -> str:
     ours = any(type(m).__module__.split(".")[0] == "hf_compress" for m in model.modules())
-    return "hf_compress" if ours else "transformers"
+    return "hf_compress" if ours or describe(model) else "transformers"
 
 
 def _versions() -> dict[str, str]:

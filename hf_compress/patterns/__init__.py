@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Pattern, distinct_patterns, parse_pattern, parse_patterns
 from .chain import Chain
-from .groups import Filters, Heads, Neurons
+from .groups import Filters, Grouped, Heads, Neurons
 from .low_rank import LowRank
 from .n_m import NM
 from .quantized import Quantized
@@ -14,6 +14,7 @@ __all__ = [
     "NM",
     "Chain",
     "Filters",
+    "Grouped",
     "Heads",
     "LowRank",
     "Neurons",

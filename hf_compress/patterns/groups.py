@@ -25,7 +25,7 @@ def _forms(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Grouped(Pattern):
+class Grouped(Pattern):
     """The same share of the groups of every layer is zero: exactly floor(share * n), ties by position."""
 
     name: ClassVar[str]
@@ -71,11 +71,16 @@ class _Grouped(Pattern):
         return found if isinstance(found, str) else None
 
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        return self._masks(weights, self._kept(weights))
+        return self._masks(weights, self.kept(weights))
 
     def compress_(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
         """As for every pattern. An output that is removed loses its bias too; what stands behind it stays."""
-        kept = self._kept(weights)
+        return self.write_(weights, self.kept(weights))
+
+    def write_(
+        self, weights: Mapping[str, Target], kept: Mapping[str, list[tuple[Groups, torch.Tensor]]]
+    ) -> dict[str, torch.Tensor]:
+        """Set to zero what is not kept, with the biases of outputs that go; returns the masks."""
         masks = self._masks(weights, kept)
         for name, mask in masks.items():
             target = weights[name]
@@ -86,8 +91,13 @@ class _Grouped(Pattern):
                     zero_(local(target.bias), local(line))
         return masks
 
-    def _kept(self, weights: Mapping[str, Target]) -> dict[str, list[tuple[Groups, torch.Tensor]]]:
-        """For each weight its groups, and a bool vector along their dimension: True is kept."""
+    def kept(self, weights: Mapping[str, Target], multiple_of: int = 1) -> dict[str, list[tuple[Groups, torch.Tensor]]]:
+        """For each weight its groups, and a bool vector along their dimension: True is kept.
+
+        Args:
+            weights: see `select`.
+            multiple_of: so many groups or a multiple are kept, or all: rounded up.
+        """
         found = {name: self.groups_of(name, target) for name, target in weights.items()}
         parts: dict[str, list[tuple[str, Groups]]] = {}
         for name, groups in found.items():
@@ -98,22 +108,24 @@ class _Grouped(Pattern):
             raise ValueError(f"{self} finds no {self.name} in these {len(found)} weights; {name!r} for one: {reason}")
         kept: dict[str, list[tuple[Groups, torch.Tensor]]] = {name: [] for name in weights}
         for members in parts.values():
-            keep = self._keep([(weights[name].parameter.detach(), part) for name, part in members])
+            keep = self._keep([(weights[name].parameter.detach(), part) for name, part in members], multiple_of)
             for name, part in members:
                 size = weights[name].parameter.shape[part.dim] // max(1, part.blocks * part.count)
                 line = keep.to(weights[name].parameter.device).repeat_interleave(size).repeat(part.blocks)
                 kept[name].append((part, line))
         return kept
 
-    def _keep(self, members: list[tuple[torch.Tensor, Groups]]) -> torch.Tensor:
+    def _keep(self, members: list[tuple[torch.Tensor, Groups]], multiple_of: int) -> torch.Tensor:
         """Which groups are kept. Sums in float64, rounded, order ties alike on shards and on one process."""
         power = _NORMS[self.norm]
         sums = [_powers(weight, groups, power) for weight, groups in members]
-        total = torch.stack([s.to(sums[0].device) for s in sums]).sum(0)
-        scores = total if power == 1 else total.sqrt()
+        powers = torch.stack([s.to(sums[0].device) for s in sums]).sum(0)
+        scores = powers if power == 1 else powers.sqrt()
         if all(weight.dtype != torch.float64 for weight, _ in members):
             scores = scores.float()
-        return keep_largest([scores], count_pruned(self.share, scores.numel()))[0]
+        total = scores.numel()
+        left = total - count_pruned(self.share, total)
+        return keep_largest([scores], total - min(total, -(-left // multiple_of) * multiple_of))[0]
 
     def _masks(
         self, weights: Mapping[str, Target], kept: Mapping[str, list[tuple[Groups, torch.Tensor]]]
@@ -141,7 +153,7 @@ def _powers(weight: torch.Tensor, groups: Groups, power: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Filters(_Grouped):
+class Filters(Grouped):
     """Output channels of convolutions: floor(share * n) of every layer are zero, with their biases.
 
     Every layer is judged by itself, also where a residual addition ties it to others, and a batch norm behind a
@@ -167,7 +179,7 @@ class Filters(_Grouped):
 
 
 @dataclass(frozen=True)
-class Neurons(_Grouped):
+class Neurons(Grouped):
     """Hidden neurons of feed-forward pairs: floor(share * n) of every pair are zero.
 
     A neuron is its row of the first layer (of both, where one gates the other), its bias, and its column of the second
@@ -183,7 +195,7 @@ class Neurons(_Grouped):
 
 
 @dataclass(frozen=True)
-class Heads(_Grouped):
+class Heads(Grouped):
     """Attention heads: floor(share * n) of every attention are zero.
 
     A head is its rows of query, key and value, their biases, and its columns of the output projection. Queries that

@@ -152,7 +152,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
                 output_transform=lambda output: [t for t in _tensors(output) if t.grad_fn is not None],
                 verbose=False,
             )
-        except (RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
             raise ValueError(f"{type(model).__name__} does not run on these example_inputs: {error}") from error
     if not graph.module2node:
         raise ValueError(f"the output of {type(model).__name__} depends on none of its layers")

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..patterns.low_rank import matrix_shape
 from ..targets import Target, find_targets, kind_of, unwrap
 from .factored import factored_layers, new_layer, reasons_to_stay, replace_layer
-from .removal import HEAD_ATTRIBUTES, forget_marks, removed_layers, resize, sizes_of
+from .marks import forget_marks, removed_layers
+from .removal import HEAD_ATTRIBUTES, resize, sizes_of
 from .uniform import fit_config
 
 
@@ -58,20 +59,22 @@ def rebuild(model: nn.Module, layers: Any, prefix: str = "", is_whole: bool = Tr
         raise ValueError(f"a description of layers is an object, got {type(layers).__name__}")
     modules = dict(model.named_modules())
     targets, reasons = find_targets(model, include=["*"]), reasons_to_stay(model)
+    absent = {name for name, module in modules.items() if isinstance(module, nn.Identity)}  # a head that is not there
     new: dict[str, nn.Module | dict[str, int]] = {}
     for name, fields in layers.items():
-        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
+        is_removed = isinstance(fields, dict) and fields.get("kind") == "removed"
+        there = modules.keys() - absent if is_removed else {target.removesuffix(".weight") for target in targets}
+        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in there]
         if not known and not is_whole:
             continue
         if not known or known[0] in new:
             raise ValueError(f"{name!r} is {'described twice' if known else 'no layer of this model'}")
         path = known[0]
-        if isinstance(fields, dict) and fields.get("kind") == "removed":
+        if is_removed:
             new[path] = _sizes(name, modules[path], fields)
         else:
-            new[path] = _factored(
-                name, modules[path], targets.get(f"{path}.weight"), fields, reasons.get(f"{path}.weight")
-            )
+            weight = f"{path}.weight"
+            new[path] = _factored(name, modules[path], targets[weight], fields, reasons.get(weight))
     for path, change in new.items():
         if isinstance(change, nn.Module):
             replace_layer(model, path, change)
@@ -79,9 +82,7 @@ def rebuild(model: nn.Module, layers: Any, prefix: str = "", is_whole: bool = Tr
             resize(modules[path], change)
 
 
-def _factored(name: str, layer: nn.Module, target: Target | None, fields: Any, reason: str | None) -> nn.Module:
-    if target is None:
-        raise ValueError(f"{name!r} is no layer of this model")
+def _factored(name: str, layer: nn.Module, target: Target, fields: Any, reason: str | None) -> nn.Module:
     if reason is not None:
         raise ValueError(f"{name!r} cannot have two factors: {reason}")
     return new_layer(layer, _rank(name, fields, min(matrix_shape(target)[1:])))

@@ -16,6 +16,7 @@ from torch import nn
 from ..distributed import is_sharded
 from ..patterns.low_rank import factors
 from ..targets import find_targets, unwrap
+from .marks import is_marked
 
 
 class _Factored:
@@ -78,11 +79,12 @@ class FactoredConv3d(_FactoredConv, nn.Conv3d):
     """weight (out, rank, 1, 1, 1) behind factor, see `FactoredConv1d`."""
 
 
-def reasons_to_stay(model: nn.Module) -> dict[str, str]:
+def reasons_to_stay(model: nn.Module, is_replaced: bool = True) -> dict[str, str]:
     """Why layers cannot be replaced, for the names of their weights; the others can.
 
     Args:
         model: any module; wrappers are looked through.
+        is_replaced: False where the layer stays and only its sizes change.
     """
     model = unwrap(model)
     uses: dict[int, int] = {}
@@ -91,13 +93,15 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
     modules, reasons = dict(model.named_modules()), {}
     for name, target in find_targets(model, include=["*"]).items():
         path = name.rpartition(".")[0]
-        reason = _reason_to_stay(modules[path], modules[path.rpartition(".")[0]])
+        reason = _reason_to_stay(modules[path], modules[path.rpartition(".")[0]], is_replaced)
         if uses[id(target.parameter)] > 1:
             reason = "several layers share it"
         if is_sharded(target.parameter):
             reason = "its rows are dealt to several processes"
-        if reason is not None or not path:
-            reasons[name] = reason or "it is the model itself"
+        if reason is None and is_replaced and not path:
+            reason = "it is the model itself"
+        if reason is not None:
+            reasons[name] = reason
     return reasons
 
 
@@ -141,13 +145,17 @@ def factored_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in unwrap(model).named_modules() if isinstance(module, _Factored))
 
 
-def _reason_to_stay(layer: Any, parent: nn.Module) -> str | None:
+def _reason_to_stay(layer: Any, parent: nn.Module, is_replaced: bool) -> str | None:
     conv1d: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
     plain = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, conv1d)}
     if isinstance(layer, _Factored) or isinstance(parent, _Factored):
         return "it is a factor already"
+    if is_replaced and is_marked(layer):
+        return "it has lost outputs or inputs already"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"{type(parent).__name__} does not call the layer, but reads its weight"
+    if not is_replaced:
+        return None
     if type(layer).forward not in plain or "forward" in vars(layer):
         return f"{type(layer).__name__} is more than its matrix"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:

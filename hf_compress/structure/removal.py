@@ -13,6 +13,7 @@ from ..targets import kind_of, unwrap
 from .belonging import Belonging
 from .dependencies import call, is_depthwise
 from .factored import reasons_to_stay
+from .marks import mark
 
 Lines = dict[tuple[str, str], tuple[int, ...]]  # (layer, part) to the indices that go
 
@@ -26,7 +27,6 @@ HEAD_ATTRIBUTES = (
     "attn_dim",  # timm
     "split_size",  # GPT-2
 )
-_MARK = "_removed_attributes"  # of a module that has changed: its attributes that did
 _TOLERANCE = 1e-4  # of the largest output, for one forward pass in the type of the weights
 
 
@@ -50,7 +50,7 @@ def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: 
             contradict each other. The model is then unchanged.
     """
     model = unwrap(model)
-    lines = merged(plan, Belonging(model, example_inputs))
+    lines = merged(model, plan, Belonging(model, example_inputs))
     for (path, _), reason in reasons_of(model, lines).items():
         raise ValueError(f"nothing can be removed from {path!r}: {reason}")
     before = sum(p.numel() for p in model.parameters())
@@ -62,7 +62,7 @@ def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: 
     return before - sum(p.numel() for p in model.parameters())
 
 
-def merged(plan: Mapping[str, Sequence[int]], belonging: Belonging) -> Lines:
+def merged(model: nn.Module, plan: Mapping[str, Sequence[int]], belonging: Belonging) -> Lines:
     """What all entries of a plan remove, by layer and part.
 
     Raises:
@@ -73,40 +73,22 @@ def merged(plan: Mapping[str, Sequence[int]], belonging: Belonging) -> Lines:
     found: Lines = {}
     for path, indices in plan.items():
         for line in belonging.of(path, indices):
-            key = line.path, line.part
-            if found.setdefault(key, line.indices) != line.indices:
+            known = found.setdefault((line.path, line.part), line.indices)
+            if line.part == "outputs" and known != line.indices and not is_depthwise(model.get_submodule(line.path)):
                 raise ValueError(
-                    f"two entries of the plan, {path!r} for one, remove different {line.part} of {line.path!r}; "
+                    f"two entries of the plan, {path!r} for one, remove different outputs of {line.path!r}; "
                     "name one layer of those that go together"
                 )
+            found[line.path, line.part] = tuple(sorted({*known, *line.indices}))  # joined outputs lie side by side
     return found
 
 
 def reasons_of(model: nn.Module, lines: Lines) -> dict[tuple[str, str], str]:
     """Why layers cannot be cut, for those that cannot."""
-    reasons = {name.removesuffix(".weight"): reason for name, reason in reasons_to_stay(model).items()}
+    reasons = {
+        name.removesuffix(".weight"): reason for name, reason in reasons_to_stay(model, is_replaced=False).items()
+    }
     return {key: reasons[key[0]] for key in lines if key[0] in reasons}
-
-
-def removed_layers(model: nn.Module) -> Iterator[tuple[str, Any, dict[str, int]]]:
-    """Name, module and changed attributes of all that `remove` or `resize` has changed."""
-    for name, module in unwrap(model).named_modules():
-        if _MARK in vars(module):
-            yield name, module, vars(module)[_MARK]
-
-
-def mark(module: nn.Module, **attributes: int) -> None:
-    """Set attributes of a module, and remember that they are not those of its config."""
-    changed = vars(module).setdefault(_MARK, {})
-    for name, value in attributes.items():
-        setattr(module, name, value)
-        changed[name] = value
-
-
-def forget_marks(model: nn.Module) -> None:
-    """For a model whose config says it all."""
-    for _, module, _ in list(removed_layers(model)):
-        delattr(module, _MARK)
 
 
 @torch.no_grad()
@@ -206,6 +188,7 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
     changed = {path for path, _ in lines} | {path.rpartition(".")[0] for path, _ in lines}
     own = [model.get_submodule(path) for path in changed]
     before = [{k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()} for module in own]
+    roots = ", ".join(dict.fromkeys(repr(path) for path, part in lines if part == "outputs"))
     model.eval()
     try:
         with _zeros(model, lines):
@@ -213,14 +196,14 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
         yield
         try:
             found = _output(model, inputs)
-        except (RuntimeError, TypeError, IndexError) as reason:
-            message = f"these outputs cannot be removed: the model does not run without them ({reason})"
+        except (RuntimeError, TypeError, IndexError, AssertionError) as reason:
+            message = f"outputs of {roots} cannot be removed: the model does not run without them ({reason})"
             raise ValueError(message) from reason
         error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
         if not error <= _TOLERANCE * max(scale, 1e-3):
             raise ValueError(
-                f"these outputs cannot be removed exactly: without them the output differs by {error:.2g} (largest: "
-                f"{scale:.2g}) from that with zeros in their place"
+                f"outputs of {roots} cannot be removed exactly: without them the output of the model differs by "
+                f"{error:.2g} (its largest: {scale:.2g}) from that with zeros in their place"
             )
     except BaseException:
         for module, attributes in zip(own, before, strict=True):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .removal import removed_layers
+from .marks import removed_layers
 
 _WIDTHS = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads")
 
 
 def fit_config(model: Any) -> bool:
@@ -35,42 +35,39 @@ def fit_config(model: Any) -> bool:
 def _candidates(model: Any) -> Iterator[dict[str, Any]]:
     """Fields that might say what has changed: the width of neurons, the number of heads, or both."""
     config = model.config
-    sizes: dict[str, set[int]] = {}
-    for _, module, attributes in removed_layers(model):
-        for name, value in attributes.items():
-            is_head = not isinstance(module, (nn.Linear, nn.modules.batchnorm._BatchNorm))
-            if name in ("out_features", "nf") or (is_head and name in _HEADS):
-                sizes.setdefault(name, set()).add(value)
-    heads = {name: min(sizes[name]) for name in _HEADS if len(sizes.get(name, ())) == 1 and hasattr(config, name)}
-    heads |= {"head_dim": _head_dim(model)} if heads else {}
-    widths = [n for n in _WIDTHS if hasattr(config, n)]
-    counts = sorted({*sizes.get("out_features", ()), *sizes.get("nf", ())})
+    made = ("out_features", "nf")
+    counts = sorted({sizes[name] for _, _, sizes in removed_layers(model) for name in made if name in sizes})
+    fields = [name for name in _WIDTHS if hasattr(config, name)]
+    widths: list[dict[str, Any]] = [{}]
     for count in counts:
-        for changed in (
-            *({name: count} for name in widths),
-            *([dict.fromkeys(widths, count)] if len(widths) > 1 else ()),
-        ):
-            yield changed
-            yield {**changed, **heads}
-        if isinstance(getattr(config, "model_args", None), dict) or hasattr(config, "architecture"):
-            yield from _ratios(model, count)
-    if heads:
-        yield heads
+        widths += [{name: count} for name in fields]
+        widths += [dict.fromkeys(fields, count)] if len(fields) > 1 else []
+        widths += _ratios(model, count)
+    for changes in itertools.product(widths, [{}, *_head_counts(config, counts)]):
+        if any(changes):
+            yield changes[0] | changes[1]
 
 
-def _ratios(model: Any, count: int) -> Iterator[dict[str, Any]]:
+def _head_counts(config: Any, counts: list[int]) -> Iterator[dict[str, Any]]:
+    """Numbers of heads whose keys or queries are as wide as some layer is now."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or width // heads
+    for count in counts:
+        left, rest = divmod(count, size)
+        if not rest and 0 < left < keys:
+            of_keys = {"num_key_value_heads": left} if hasattr(config, "num_key_value_heads") else {}
+            yield {"num_attention_heads": left * heads // keys, **of_keys, "head_dim": size}
+
+
+def _ratios(model: Any, count: int) -> list[dict[str, Any]]:
     """timm's vision transformers have a ratio for the width of neurons."""
     width = getattr(getattr(model, "timm_model", None), "embed_dim", None)
-    if isinstance(width, int) and int(width * (count / width)) == count:
-        yield {"model_args": {**(model.config.model_args or {}), "mlp_ratio": count / width}}
-
-
-def _head_dim(model: nn.Module) -> int:
-    for _, module, attributes in removed_layers(model):
-        size = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
-        if isinstance(size, int) and any(name in _HEADS for name in attributes):
-            return size
-    return 0
+    if not isinstance(width, int) or int(width * (count / width)) != count:
+        return []
+    return [{"model_args": {**(model.config.model_args or {}), "mlp_ratio": count / width}}]
 
 
 def _makes(config: Any, model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...distributed import is_sharded
-from ...structure.belonging import Belonging
+from ...structure import Belonging, Line
 from ...targets import kind_of, unwrap
 
 GRAM_SCALES = ("mean", "n", "sum")
@@ -96,7 +96,7 @@ class TrainabilityPenalty:
                 self._add(line)
         self._batches = list(self._batched())
 
-    def _add(self, line: Any) -> None:
+    def _add(self, line: Line) -> None:
         if line.part == "inputs":
             return
         module: Any = self._model.get_submodule(line.path)
