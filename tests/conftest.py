@@ -12,8 +12,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 from hypothesis import settings
+from transformers.utils import logging
 
 torch.set_num_threads(1)
+logging.get_logger()  # its handler keeps the stderr of now, not that of the first test, which is closed behind it
 settings.register_profile("default", deadline=None, max_examples=200)
 settings.load_profile("default")
 

@@ -15,6 +15,7 @@ from ..family.manifest import commit_folder, start_folder
 from ..family.storage import changes_shapes
 from ..oneshot import compress as compress_model
 from ..patterns import parse_pattern
+from ..structure import describe
 from .table import VariantPrinter
 
 # A tokenizer has one of these; without any, transformers makes up an empty one.
@@ -45,6 +46,8 @@ def compress(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", required=True, help="a new folder; several patterns may replace a family")
     parser.add_argument("--include", nargs="+", help="globs on names of weights to compress")
     parser.add_argument("--exclude", nargs="+", help="globs on names of weights to leave alone")
+    parser.add_argument("--remove", action="store_true", help="cut filters, neurons and heads out, not only zero them")
+    parser.add_argument("--multiple_of", type=int, default=1, help="with --remove: widths are rounded up to a multiple")
     parser.add_argument("--revision", help="of a Hub checkpoint")
     args = parser.parse_args(argv)
     patterns = [parse_pattern(p) for p in args.pattern]
@@ -61,6 +64,8 @@ def compress(argv: Sequence[str]) -> None:
             processing_class=processing_class,
             include=args.include,
             exclude=args.exclude,
+            remove=args.remove,
+            multiple_of=args.multiple_of,
             progress=printer,
         )
         printer.finish(family)
@@ -68,7 +73,8 @@ def compress(argv: Sequence[str]) -> None:
     partial = start_folder(target)
     try:
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
-        report = compress_model(model, patterns[0], args.include, args.exclude, changes_shapes(patterns[0]))
+        remove = args.remove or changes_shapes(patterns[0])
+        report = compress_model(model, patterns[0], args.include, args.exclude, remove, args.multiple_of)
         save_checkpoint(model, processing_class, partial, patterns[0], args.include, args.exclude)
         commit_folder(partial, target)
     except BaseException:
@@ -78,7 +84,8 @@ def compress(argv: Sequence[str]) -> None:
         print(f"left dense: {name}, {reason}")
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
     if report.parameters_removed:
-        share = f"{report.parameters_removed} parameters removed; it loads after `import hf_compress`"
+        needs_us = "; it loads after `import hf_compress`" if describe(model) else ""
+        share = f"{report.parameters_removed} parameters removed{needs_us}"
     print(f"saved {args.output_dir}: {report.pattern}, {share}")
 
 

@@ -48,6 +48,8 @@ def build_family(
     processing_class: Any = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    remove: bool = False,
+    multiple_of: int = 1,
     progress: Callable[[Variant], None] | None = None,
 ) -> Family:
     """Save a model and variants of it, each cut in one shot from the saved dense checkpoint, with measured numbers.
@@ -71,6 +73,8 @@ def build_family(
         processing_class: tokenizer or image processor, saved with every checkpoint.
         include: globs on names, see `find_targets`.
         exclude: globs on names, see `find_targets`.
+        remove: cut filters, neurons and heads out, see `compress`; other patterns are what they are without it.
+        multiple_of: see `compress`.
         progress: called with every variant when it is done, the dense checkpoint first.
 
     Raises:
@@ -93,6 +97,7 @@ def build_family(
     partial = run_on_main(lambda: start_folder(target))
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
+    job.remove, job.multiple_of = remove, multiple_of
     try:
         checkpoints: list[Variant] = []
         with _without_progress_bars():
@@ -124,6 +129,8 @@ class _Job:
     processing_class: Any = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
+    remove: bool = False
+    multiple_of: int = 1
 
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
@@ -157,7 +164,9 @@ class _Job:
     def _write(self, name: str, pattern: Pattern | None) -> tuple[CompressionReport, str]:
         model = self.model if pattern is None else self._load("dense")
         if pattern is not None:
-            report = compress(model, pattern, self.include, self.exclude, remove=changes_shapes(pattern))
+            remove = changes_shapes(pattern, self.remove)
+            sizes = (self.multiple_of, self.example_inputs) if remove else ()
+            report = compress(model, pattern, self.include, self.exclude, remove, *sizes)
             if self.calibration_data is not None:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
         folder = self.folder / name

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patterns import Chain, LowRank, Pattern, Quantized
+from ..patterns import Chain, Grouped, LowRank, Pattern, Quantized
 from ..patterns.quantized import quantize
 from ..structure import factored_layers
 from ..targets import Target, find_targets
@@ -61,9 +61,14 @@ def save_model(
     return "dense"
 
 
-def changes_shapes(pattern: Pattern) -> bool:
-    """Whether a variant of this pattern is stored in smaller shapes: whether `compress` is to `remove`."""
-    return isinstance(pattern, LowRank)
+def changes_shapes(pattern: Pattern, remove: bool = False) -> bool:
+    """Whether a variant of this pattern is stored in smaller shapes: whether `compress` is to `remove`.
+
+    Args:
+        pattern: of the variant.
+        remove: whether filters, neurons and heads are to be cut out; ranks always are.
+    """
+    return isinstance(pattern, LowRank) or (remove and isinstance(pattern, Grouped))
 
 
 def integer_weights(

@@ -115,6 +115,40 @@ def test_compress_several_patterns_gives_a_family(tmp_path, capsys):
     AutoModelForQuestionAnswering.from_pretrained(family.path_to("2:4"))
 
 
+def test_remove_cuts_neurons_and_filters_out(tmp_path, capsys):
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+
+    text, images = tmp_path / "text", tmp_path / "images"
+    tiny_bert().save_pretrained(text)
+    config = TimmWrapperConfig(architecture="resnet20_cifar", num_labels=3, model_args={"width": 4})
+    TimmWrapperForImageClassification(config).save_pretrained(images)
+    out = [tmp_path / "neurons", tmp_path / "filters"]
+    for model, pattern, folder, more in (
+        (text, "neurons:0.8", out[0], ["--multiple_of", "8"]),
+        (images, "filters:0.5", out[1], []),
+    ):
+        flags = ["--pattern", pattern, "--output_dir", str(folder), "--remove", *more]
+        assert run(["compress", str(model), *flags]) == 0
+    plain, described = (line for line in capsys.readouterr().out.splitlines() if line.startswith("saved"))
+    assert "parameters removed" in plain
+    assert "import hf_compress" not in plain
+    assert "parameters removed; it loads after `import hf_compress`" in described
+    assert json.loads((out[0] / "config.json").read_text())["intermediate_size"] == 8  # 4 of 16 without a multiple
+    assert AutoModelForImageClassification.from_pretrained(out[1]).timm_model.layer1[0].conv1.out_channels == 2
+    assert run(["compress", str(text), "--pattern", "2:4", "--remove", "--output_dir", str(tmp_path / "no")]) != 0
+    assert "2:4 writes zeros" in capsys.readouterr().err
+
+
+def test_a_family_of_smaller_models(tmp_path, capsys):
+    tiny_bert().save_pretrained(tmp_path / "model")
+    patterns = [word for pattern in ("neurons:0.5", "heads:0.5", "2:4") for word in ("--pattern", pattern)]
+    assert run(["compress", str(tmp_path / "model"), *patterns, "--remove", "--output_dir", str(tmp_path / "out")]) == 0
+    dense, neurons, heads, zeros = hfc.load_family(tmp_path / "out").checkpoints
+    assert [v.loads_with == "hf_compress" for v in (dense, neurons, heads, zeros)] == [False, False, True, False]
+    assert [v.parameters_removed > 0 for v in (dense, neurons, heads, zeros)] == [False, True, True, False]
+    assert heads.parameters == dense.parameters - heads.parameters_removed
+
+
 def test_compress_a_timm_checkpoint(tmp_path):
     from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
