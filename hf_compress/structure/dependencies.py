@@ -17,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..targets import kind_of, unwrap
 
+# What forward passes raise for inputs or layers that do not fit.
+FAILURES = (RuntimeError, TypeError, IndexError, AttributeError, AssertionError)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -152,7 +155,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
                 output_transform=lambda output: [t for t in _tensors(output) if t.grad_fn is not None],
                 verbose=False,
             )
-        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+        except FAILURES as error:
             raise ValueError(f"{type(model).__name__} does not run on these example_inputs: {error}") from error
     if not graph.module2node:
         raise ValueError(f"the output of {type(model).__name__} depends on none of its layers")

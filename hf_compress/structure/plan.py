@@ -60,7 +60,8 @@ def plan_removal(
 def example_inputs(model: Any) -> Any:
     """A small batch as a model of transformers or timm takes it; None for others.
 
-    Two images of the size that an image model says it takes, or the token ids that transformers has for such a use.
+    Two images of the size that an image model says it takes (64 by 64 if it says nothing), or the token ids that
+    transformers has for such a use.
     """
     model = unwrap(model)
     inner, config = getattr(model, "timm_model", model), getattr(model, "config", None)
@@ -68,7 +69,8 @@ def example_inputs(model: Any) -> Any:
     patches = getattr(getattr(inner, "patch_embed", None), "img_size", None)  # of timm, changed by arguments
     size = (size[0], *patches) if size is not None and isinstance(patches, tuple) else size
     edge = getattr(config, "image_size", None)
-    if size is None and isinstance(edge, int):
+    if size is None and getattr(model, "main_input_name", None) == "pixel_values":
+        edge = edge if isinstance(edge, int) else 64  # a net that does not say takes any
         size = (getattr(config, "num_channels", 3), edge, edge)
     if size is None:
         ids = getattr(model, "dummy_inputs", None) if config is not None else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..targets import kind_of, unwrap
 from .belonging import Belonging
-from .dependencies import call, is_depthwise
+from .dependencies import FAILURES, call, is_depthwise
 from .factored import reasons_to_stay
 from .marks import mark
 
@@ -196,7 +196,7 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
         yield
         try:
             found = _output(model, inputs)
-        except (RuntimeError, TypeError, IndexError, AssertionError) as reason:
+        except FAILURES as reason:
             message = f"outputs of {roots} cannot be removed: the model does not run without them ({reason})"
             raise ValueError(message) from reason
         error, scale = float((found - wanted).abs().max()), float(wanted.abs().max())

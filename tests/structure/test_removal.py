@@ -12,6 +12,7 @@ from torch import nn
 
 import hf_compress as hfc
 from hf_compress.structure import describe, remove
+from tests.conftest import tiny_resnet
 from tests.structure.conftest import (
     SIZES,
     albert,
@@ -196,6 +197,12 @@ def test_widths_are_rounded_up_to_a_multiple():
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="multiple_of is a whole number of at least 1"):
             hfc.compress(model, "neurons:0.5", remove=True, multiple_of=wrong)
+
+
+def test_a_net_that_does_not_say_its_size_is_tried_on_images_of_any():
+    report = hfc.compress(tiny_resnet().eval(), "filters:0.5", remove=True)
+    assert report.parameters_removed > 0
+    assert len(report.skipped) < len(report.layers)
 
 
 def test_other_patterns_are_not_removed():
