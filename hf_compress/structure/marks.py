@@ -21,6 +21,7 @@ def mark(module: nn.Module, **attributes: int) -> None:
 
 
 def is_marked(module: nn.Module) -> bool:
+    """Whether a module has lost outputs or inputs."""
     return _MARK in vars(module)
 
 
