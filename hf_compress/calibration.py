@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ def _forward_samples(model: nn.Module, norms: list[_BatchNorm], dataloader: Iter
     if not used:
         raise ValueError("no calibration data: the data loader gave no batch; pass some training data")
     return used
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in eval mode inside, and in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def like_parameters(model: nn.Module, value: Any) -> Any:

@@ -142,9 +142,10 @@ def _remove(
     example_inputs = structure.example_inputs(model) if example_inputs is None else example_inputs
     kept = pattern.kept(checked(targets), multiple_of)
     on_disk = _merged_on_disk(unwrap(model), targets)
-    plan, stay = structure.plan_removal(model, targets, kept, Belonging(model, example_inputs), on_disk)
+    belonging = Belonging(model, example_inputs)
+    plan, stay = structure.plan_removal(model, targets, kept, belonging, on_disk)
     if plan:
-        structure.remove(model, plan, example_inputs)
+        structure.remove(model, plan, example_inputs, belonging)
     now = find_targets(model, include=["*"])  # the inputs of those that stay may have shrunk
     pattern.write_({name: now[name] for name in stay}, {name: kept[name] for name in stay})
     write_description(model)

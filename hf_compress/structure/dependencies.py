@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..calibration import in_eval_mode, like_parameters
 from ..targets import kind_of, unwrap
 
 # What forward passes raise for inputs or layers that do not fit.
@@ -163,30 +164,28 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The output for a tensor, positional arguments or keyword arguments, on the device of the model."""
-    device = next(model.parameters()).device
+    """The output for a tensor, positional or keyword arguments, on the device and in the type of the model."""
     if isinstance(inputs, torch.Tensor):
-        return model(inputs.to(device))
+        return model(like_parameters(model, inputs))
     if isinstance(inputs, Mapping):
-        return model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
-    return model(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in inputs))
+        return model(**{k: like_parameters(model, v) for k, v in inputs.items()})
+    return model(*(like_parameters(model, v) for v in inputs))
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Modes, hooks and frozen parameters are what they were; in between every parameter has a gradient to trace."""
-    modes = {module: module.training for module in model.modules()}
     hooks = {module: set(module._forward_hooks) for module in model.modules()}
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, training in modes.items():
-            module.training = training
+        for module in hooks:
             for handle in set(module._forward_hooks) - hooks[module]:
                 del module._forward_hooks[handle]
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..targets import Groups, Target, unwrap
 from .belonging import Belonging
-from .removal import merged, reasons_of
+from .factored import reasons_to_stay
+from .removal import merged
 
 Kept = Mapping[str, list[tuple[Groups, torch.Tensor]]]
 
@@ -32,6 +33,7 @@ def plan_removal(
         weight to the reason why it has none that can.
     """
     model = unwrap(model)
+    reasons = {**reasons_to_stay(model, is_replaced=False), **reasons}
     plan: dict[str, list[int]] = {}
     stay: dict[str, str] = {}
     covered: set[str] = set()
@@ -45,8 +47,7 @@ def plan_removal(
             except ValueError as error:
                 stay[name] = str(error)
                 continue
-            found = {layer: reason for (layer, _), reason in reasons_of(model, lines).items()}
-            found |= {layer: reasons[f"{layer}.weight"] for layer, _ in lines if f"{layer}.weight" in reasons}
+            found = {layer: reasons[f"{layer}.weight"] for layer, _ in lines if f"{layer}.weight" in reasons}
             if found:
                 layer, reason = next(iter(found.items()))
                 together = [f"{member}.weight" for member, _ in lines if f"{member}.weight" in targets]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration import in_eval_mode
 from ..targets import kind_of, unwrap
 from .belonging import Belonging
 from .dependencies import FAILURES, call, is_depthwise
@@ -30,7 +31,9 @@ HEAD_ATTRIBUTES = (
 _TOLERANCE = 1e-4  # of the largest output, for one forward pass in the type of the weights
 
 
-def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: Any = None) -> int:
+def remove(
+    model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: Any = None, belonging: Belonging | None = None
+) -> int:
     """Remove outputs of layers in place, and all that goes with them.
 
     In eval mode the result equals the model with these outputs (weights, biases, and the scales and shifts of the norms
@@ -41,6 +44,7 @@ def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: 
         plan: name of a layer to the indices of the outputs that go: filters of a convolution, neurons, or all rows of
             attention heads in one of the projections.
         example_inputs: see `Dependencies`; needed for filters. With it the equality is checked on these inputs.
+        belonging: of this model as it is, where there is one already; it saves a forward pass.
 
     Returns:
         How many parameters are gone.
@@ -50,9 +54,11 @@ def remove(model: nn.Module, plan: Mapping[str, Sequence[int]], example_inputs: 
             contradict each other. The model is then unchanged.
     """
     model = unwrap(model)
-    lines = merged(model, plan, Belonging(model, example_inputs))
-    for (path, _), reason in reasons_of(model, lines).items():
-        raise ValueError(f"nothing can be removed from {path!r}: {reason}")
+    lines = merged(model, plan, belonging or Belonging(model, example_inputs))
+    reasons = reasons_to_stay(model, is_replaced=False)
+    for path, _ in lines:
+        if f"{path}.weight" in reasons:
+            raise ValueError(f"nothing can be removed from {path!r}: {reasons[f'{path}.weight']}")
     before = sum(p.numel() for p in model.parameters())
     if example_inputs is None:
         _cut(model, lines)
@@ -81,14 +87,6 @@ def merged(model: nn.Module, plan: Mapping[str, Sequence[int]], belonging: Belon
                 )
             found[line.path, line.part] = tuple(sorted({*known, *line.indices}))  # joined outputs lie side by side
     return found
-
-
-def reasons_of(model: nn.Module, lines: Lines) -> dict[tuple[str, str], str]:
-    """Why layers cannot be cut, for those that cannot."""
-    reasons = {
-        name.removesuffix(".weight"): reason for name, reason in reasons_to_stay(model, is_replaced=False).items()
-    }
-    return {key: reasons[key[0]] for key in lines if key[0] in reasons}
 
 
 @torch.no_grad()
@@ -184,18 +182,17 @@ def _heads(model: nn.Module, lines: Lines) -> list[tuple[nn.Module, dict[str, in
 @contextmanager
 def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
     """Compare outputs with zeros and outputs of smaller layers; where they differ, the model gets everything back."""
-    modules = {module: module.training for module in model.modules()}
     changed = {path for path, _ in lines} | {path.rpartition(".")[0] for path, _ in lines}
     own = [model.get_submodule(path) for path in changed]
     before = [{k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()} for module in own]
     roots = ", ".join(dict.fromkeys(repr(path) for path, part in lines if part == "outputs"))
-    model.eval()
+    with in_eval_mode(model), _zeros(model, lines):
+        wanted = _output(model, inputs)
     try:
-        with _zeros(model, lines):
-            wanted = _output(model, inputs)
         yield
         try:
-            found = _output(model, inputs)
+            with in_eval_mode(model):
+                found = _output(model, inputs)
         except FAILURES as reason:
             message = f"outputs of {roots} cannot be removed: the model does not run without them ({reason})"
             raise ValueError(message) from reason
@@ -210,9 +207,6 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
         raise
-    finally:
-        for module, training in modules.items():
-            module.training = training
 
 
 @contextmanager

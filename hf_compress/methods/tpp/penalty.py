@@ -191,6 +191,8 @@ class TrainabilityPenalty:
             if trained:
                 yield self._of_roots(trained, strength)
         for rows in self._rows:
+            if not self._decay_of(rows):
+                continue
             factor = self._decay_of(rows) * strength
             listed = [(p, dim) for p, dim in self._parameters(rows) if p.requires_grad]
             if rows.role == "root":  # the weight is done

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from ...calibration import in_eval_mode, like_parameters
 
 
 def mean_jacobian_singular_value(model: nn.Module, inputs: Any) -> float:
@@ -51,10 +52,9 @@ def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
             "the Jacobian is taken by a floating-point tensor of inputs: give it alone, or as pixel_values or "
             f"inputs_embeds; got {list(keywords) or type(inputs).__name__}"
         )
-    device = next(model.parameters()).device
-    with torch.enable_grad(), _in_eval_mode(model):
-        at = given.detach().to(device).requires_grad_(True)
-        arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    with torch.enable_grad(), in_eval_mode(model):
+        at = like_parameters(model, given.detach()).requires_grad_(True)
+        arguments = {k: like_parameters(model, v) for k, v in keywords.items()}
         output: Any = model(**{**arguments, name: at}) if name else model(at)
         output = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
         if output is None:
@@ -65,14 +65,3 @@ def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
             for i in range(outputs.shape[1])
         ]
     return torch.linalg.svdvals(torch.stack(rows, 1).double())
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
