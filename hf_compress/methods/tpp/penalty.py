@@ -9,7 +9,7 @@ W W^T that have a part in P are penalised, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Rows:
     """Outputs of one layer that will be removed; `blocks` layers of equal shape may lie in its weight."""
 
     path: str
+    root: str  # the layer of `pruned` that they go with
     role: str  # "root" has a Gram term, "passing" is made or passed on with it, "norm"
     pruned: torch.Tensor
     kept: torch.Tensor
@@ -93,10 +94,10 @@ class TrainabilityPenalty:
         belonging = Belonging(self._model, example_inputs)
         for path, indices in pruned.items():
             for line in belonging.of(path, indices):
-                self._add(line)
-        self._batches = list(self._batched())
+                self._add(path, line)
+        self._batches = list(self._batched()) if self.gram_weight else []
 
-    def _add(self, line: Line) -> None:
+    def _add(self, root: str, line: Line) -> None:
         if line.part == "inputs":
             return
         module: Any = self._model.get_submodule(line.path)
@@ -105,14 +106,15 @@ class TrainabilityPenalty:
                 f"the rows of {line.path!r} are dealt to several processes, and their products need all of them; "
                 "train with DistributedDataParallel (DDP)"
             )
-        if any(line.path == rows.path for rows in self._rows):
+        others = {i for rows in self._rows if rows.path == line.path for i in rows.pruned.tolist()}
+        if others & set(line.indices):
             raise ValueError(f"{line.path!r} goes with the outputs of two layers of `pruned`; name one of them")
         role = "norm" if line.part == "norm" else "root" if line.is_root else "passing"
         device, size = _device_of(module), module.num_features if role == "norm" else _rows_of(module).shape[0]
         is_pruned = torch.zeros(size, dtype=torch.bool)
         is_pruned[list(line.indices)] = True
         pruned, kept = (mask.nonzero().flatten().to(device) for mask in (is_pruned, ~is_pruned))
-        self._rows.append(_Rows(line.path, role, pruned, kept, line.blocks))
+        self._rows.append(_Rows(line.path, root, role, pruned, kept, line.blocks))
 
     def _batched(self) -> Iterator[list[_Rows]]:
         """Root layers whose products are taken together: of one shape, with as many rows that go."""
@@ -134,12 +136,7 @@ class TrainabilityPenalty:
         Args:
             strength: lambda of the schedule, from 0. Frozen parameters get nothing.
         """
-        for parameters, updates in self._gradients(strength):
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            gradients: Any = [parameter.grad for parameter in parameters]
-            torch._foreach_add_(gradients, updates)
+        self._add_scaled(strength, _gradient_of)
 
     @torch.no_grad()
     def decay_(self, strength: float | torch.Tensor, rate: float) -> None:
@@ -147,20 +144,20 @@ class TrainabilityPenalty:
 
         Args:
             strength: see `add_gradients`.
-            rate: of the step; a learning rate of SGD divided by (1 - momentum) moves as far in the long run.
+            rate: of the step; a learning rate of SGD divided by (1 - momentum) moves as far in the long run. The step
+                of the Gram term is shortened to the one that shrinks rows the most, where it would overshoot that.
         """
-        for parameters, updates in self._gradients(strength):
-            torch._foreach_add_(parameters, updates, alpha=-rate)
+        self._add_scaled(strength, lambda parameter: parameter, -rate)
 
     @torch.no_grad()
     def zero_(self, paths: Sequence[str] | None = None) -> None:
-        """Set what will be removed to zero: rows, biases, and the scales and shifts of norms.
+        """Set what will be removed to zero: rows, biases, and the scales and shifts of norms that go with them.
 
         Args:
-            paths: of layers among those that are penalised; all by default.
+            paths: of layers among those of `pruned`; all by default.
         """
         for rows in self._rows:
-            if paths is None or rows.path in paths:
+            if paths is None or rows.root in paths:
                 for parameter, dim in self._parameters(rows):
                     parameter.index_fill_(dim, rows.pruned, 0)
 
@@ -184,35 +181,37 @@ class TrainabilityPenalty:
         sums = [torch.stack([term.to(home) for term in found]).sum() for found in (gram, decay)]
         return {"gram": sums[0], "decay": sums[1]}
 
-    def _gradients(self, strength: float | torch.Tensor) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Parameters, and what the penalty adds to the gradient of each."""
+    def _add_scaled(
+        self, strength: float | torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor], scale: float = 1.0
+    ) -> None:
+        """Add the gradient of the penalty, times a scale, where `place` says for each parameter."""
         for batch in self._batches:
             trained = [rows for rows in batch if self._module(rows).weight.requires_grad]
             if trained:
-                yield self._of_roots(trained, strength)
+                weights = [self._module(rows).weight for rows in trained]
+                torch._foreach_add_([place(w) for w in weights], self._of_roots(trained, strength, -scale), alpha=scale)
         for rows in self._rows:
-            if not self._decay_of(rows):
-                continue
             factor = self._decay_of(rows) * strength
-            listed = [(p, dim) for p, dim in self._parameters(rows) if p.requires_grad]
-            if rows.role == "root":  # the weight is done
-                listed = [(p, dim) for p, dim in listed if p is not self._module(rows).weight]
-            if listed:
-                yield [p for p, _ in listed], [_on_rows(p, dim, rows.pruned, factor) for p, dim in listed]
+            is_done = rows.role == "root" and bool(self._batches)
+            for parameter, dim in self._parameters(rows) if self._decay_of(rows) else ():
+                if parameter.requires_grad and not (is_done and parameter is self._module(rows).weight):
+                    chosen = parameter.index_select(dim, rows.pruned) * factor
+                    place(parameter).index_add_(dim, rows.pruned, chosen.to(parameter.dtype), alpha=scale)
 
-    def _of_roots(
-        self, batch: list[_Rows], strength: float | torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The Gram term and the decay of rows, for root layers of one shape."""
+    def _of_roots(self, batch: list[_Rows], strength: float | torch.Tensor, rate: float) -> list[torch.Tensor]:
+        """The Gram term and the decay of rows, for root layers of one shape; bounded for a step of a positive rate."""
         kept, pruned = self._split(batch)
         weights = [self._module(rows).weight for rows in batch]
         count = _rows_of(self._module(batch[0])).shape[0]
-        across = pruned @ kept.mT
-        of_pruned = pruned @ pruned.mT @ pruned
-        of_pruned.baddbmm_(across, kept)
         factor = self._gram_factor(batch[0]) * strength
+        across, inside = pruned @ kept.mT, pruned @ pruned.mT
+        of_pruned = (inside @ pruned).baddbmm_(across, kept)
+        of_kept = across.mT @ pruned
+        if rate > 0:
+            longest = torch.minimum(_longest_step(pruned, of_pruned), _longest_step(kept, of_kept))
+            factor = (longest / rate).clamp_max(factor)
         of_pruned.mul_(factor).add_(pruned * (self.filter_weight * strength))
-        of_kept = (across.mT @ pruned).mul_(factor)
+        of_kept.mul_(factor)
         size = pruned.shape[2]
         of_pruned, of_kept = of_pruned.view(len(batch), -1, size), of_kept.view(len(batch), -1, size)
         updates = []
@@ -220,7 +219,7 @@ class TrainabilityPenalty:
             update = torch.empty(count, size, dtype=pruned.dtype, device=pruned.device)
             update.index_copy_(0, rows.pruned, of_pruned[i]).index_copy_(0, rows.kept, of_kept[i])
             updates.append(_as_weight(update, self._module(rows)))
-        return weights, [update.to(weight.dtype) for update, weight in zip(updates, weights, strict=True)]
+        return [update.to(weight.dtype) for update, weight in zip(updates, weights, strict=True)]
 
     def _split(self, batch: list[_Rows]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows that stay and rows that go, in float32 at least, each (layers * blocks, rows, D)."""
@@ -269,7 +268,13 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _on_rows(parameter: torch.Tensor, dim: int, rows: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
-    """The rows times a factor, zero elsewhere."""
-    chosen = parameter.detach().index_select(dim, rows) * factor
-    return torch.zeros_like(parameter).index_copy_(dim, rows, chosen.to(parameter.dtype))
+def _longest_step(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The step along the gradient after which the rows are smallest, for each of a batch; 0 for a gradient of 0."""
+    tiny = torch.finfo(rows.dtype).tiny
+    return (rows * gradient).sum((1, 2), keepdim=True) / gradient.square().sum((1, 2), keepdim=True).clamp_min(tiny)
+
+
+def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import timm
@@ -179,19 +180,52 @@ def test_zeros_decoupled_steps_and_frozen_weights():
     penalty.add_gradients(torch.tensor(0.3, dtype=torch.float64))
     assert model.conv2.weight.grad is None
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    penalty.decay_(0.3, rate=0.01)
+    penalty.decay_(0.3, rate=1e-6)
     for name, p in model.named_parameters():
-        moved = 0 if p.grad is None else 0.01 * p.grad
+        moved = 0 if p.grad is None else 1e-6 * p.grad
         assert torch.allclose(start[name] - p.detach(), torch.as_tensor(moved, dtype=p.dtype), atol=1e-14), name
     penalty.zero_(["conv1"])
     assert model.conv1.weight[[1, 4]].count_nonzero() == 0 != model.conv1.weight[0].count_nonzero()
-    assert model.bn1.weight[1] != 0
+    assert model.bn1.weight[1] == 0 != model.bn2.weight[0]
     penalty.zero_()
     for p in (model.conv1.bias, model.bn1.weight, model.bn1.bias):
         assert p[[1, 4]].count_nonzero() == 0 != p[0]
     assert model.conv2.weight[0].count_nonzero() == model.bn2.bias[0] == 0
     strength_zero = {name: value.item() for name, value in penalty.values().items()}
     assert strength_zero == {"gram": 0, "decay": 0}
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e6])
+def test_decoupled_steps_of_any_strength_shrink_the_rows(strength):
+    model = convs()
+    penalty = TrainabilityPenalty(model, {"conv1": [1, 4], "conv2": [0]}, IMAGES, filter_weight=0, norm_weight=0)
+    sizes, grams = [model.conv1.weight[[1, 4]].norm().item()], [penalty.values()["gram"].item()]
+    for _ in range(30):
+        penalty.decay_(strength, rate=0.1)
+        sizes.append(model.conv1.weight[[1, 4]].norm().item())
+        grams.append(penalty.values()["gram"].item())
+    assert all(after < before for before, after in itertools.pairwise(sizes))
+    assert grams[-1] < 1e-3 * grams[0]
+
+
+def test_filters_of_two_layers_that_meet_in_one_norm():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.norm = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(5)
+            self.last = nn.Conv2d(5, 2, 1)
+
+        def forward(self, x):
+            return self.last(self.norm(torch.cat((self.left(x), self.right(x)), 1)))
+
+    torch.manual_seed(0)
+    model = Joined().double()
+    penalty = TrainabilityPenalty(model, {"left": [1], "right": [0, 2]}, IMAGES)
+    w, v, norm = model.left.weight, model.right.weight, [model.norm.weight[[1, 2, 4]], model.norm.bias[[1, 2, 4]]]
+    rows = decay(1.0, w[1], model.left.bias[1], v[[0, 2]], model.right.bias[[0, 2]], *norm)
+    check(model, penalty, rows + of_rows(w, [1], **PUBLISHED) + of_rows(v, [0, 2], **PUBLISHED))
+    penalty.zero_(["right"])
+    assert (model.norm.weight == 0).tolist() == [False, False, True, False, True]
 
 
 @pytest.mark.parametrize(
