@@ -29,6 +29,7 @@ _PUBLIC = {
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
     "tasks.spans": ("Answer", "answer"),
     "methods.sfw": ("SFW", "SFWConfig", "SFWMixin", "SFWTrainer", "create_sfw"),
+    "methods.tpp": ("TPPConfig", "TPPMixin", "TPPTrainer", "TrainabilityPenalty", "mean_jacobian_singular_value"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     from .methods.sfw import SFWMixin as SFWMixin
     from .methods.sfw import SFWTrainer as SFWTrainer
     from .methods.sfw import create_sfw as create_sfw
+    from .methods.tpp import TPPConfig as TPPConfig
+    from .methods.tpp import TPPMixin as TPPMixin
+    from .methods.tpp import TPPTrainer as TPPTrainer
+    from .methods.tpp import TrainabilityPenalty as TrainabilityPenalty
+    from .methods.tpp import mean_jacobian_singular_value as mean_jacobian_singular_value
     from .oneshot import CompressionReport as CompressionReport
     from .oneshot import LayerReport as LayerReport
     from .oneshot import compress as compress

@@ -125,7 +125,7 @@ def compress(
 
 def _factor(model: nn.Module, ranks: dict[str, int], targets: dict[str, Target]) -> dict[str, str]:
     """Replace layers by two factors; why some are not, which get the same values in their shape."""
-    reasons = reasons_to_stay(model) | _merged_on_disk(unwrap(model), ranks)
+    reasons = reasons_to_stay(model) | merged_on_disk(unwrap(model), ranks)
     stay = {name: f"it keeps its shape: {reasons[name]}" for name in ranks if name in reasons}
     for name in stay:
         truncate_(targets[name], ranks[name])
@@ -141,7 +141,7 @@ def _remove(
     """Cut groups out; why some weights keep their shape, which get zeros there."""
     example_inputs = structure.example_inputs(model) if example_inputs is None else example_inputs
     kept = pattern.kept(checked(targets), multiple_of)
-    on_disk = _merged_on_disk(unwrap(model), targets)
+    on_disk = merged_on_disk(unwrap(model), targets)
     belonging = Belonging(model, example_inputs)
     plan, stay = structure.plan_removal(model, targets, kept, belonging, on_disk)
     if plan:
@@ -152,7 +152,7 @@ def _remove(
     return {name: f"it keeps its shape: {reason}" for name, reason in stay.items()}
 
 
-def _merged_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
+def merged_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Weights of which a checkpoint of transformers has several in one tensor, which takes equal shapes."""
     if not hasattr(model, "save_pretrained") or "transformers.modeling_utils" not in sys.modules:
         return {}

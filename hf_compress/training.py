@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .checkpoints import is_whole, last_checkpoint
 from .compressed_evaluation import CompressedEvaluationMixin, check_eval_patterns
 from .distillation import DistillationMixin
 from .distributed import run_on_main
@@ -91,6 +91,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
 
     method: ClassVar[str]
     config_class: ClassVar[type[CompressionArguments]]
+    makes_variant: ClassVar[bool] = False  # whether the training itself ends in a variant, beside a dense model
     args: Any
     model: Any
     optimizer: Any
@@ -122,22 +123,23 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
         Raises:
             ValueError: if `resume_from_checkpoint` is True and there is no whole one, or names one that is not.
         """
+        return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _whole_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_checkpoint()
-        elif resume_from_checkpoint and not _is_whole(Path(resume_from_checkpoint), self.args.world_size):
+            if (last := self._last_checkpoint()) is None:
+                folder = self.args.output_dir
+                raise ValueError(f"no whole checkpoint in {folder}; start without resume_from_checkpoint")
+            return last
+        if resume_from_checkpoint and not is_whole(resume_from_checkpoint, self.args.world_size):
             raise ValueError(
                 f"{resume_from_checkpoint} is no checkpoint, or its save was interrupted; "
                 "resume_from_checkpoint=True takes the last whole one of output_dir"
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return resume_from_checkpoint or None
 
-    def _last_checkpoint(self) -> str:
-        folders = [p for p in Path(self.args.output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
-        for folder in sorted(folders, key=lambda p: int(p.name[11:]), reverse=True):
-            if _is_whole(folder, self.args.world_size):
-                return str(folder)
-            logger.warning(f"The save of {folder} was interrupted; an earlier checkpoint is resumed.")
-        raise ValueError(f"no whole checkpoint in {self.args.output_dir}; start without resume_from_checkpoint")
+    def _last_checkpoint(self) -> str | None:
+        return last_checkpoint(self.args.output_dir, self.args.world_size)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of an accumulation window, and by how many items their loss is divided."""
@@ -199,12 +201,13 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
             ValueError: without patterns, for a wrong one, or if the folder holds something else.
         """
         patterns = self.args.variants if patterns is None else patterns
-        if not patterns:
+        if not patterns and not self.makes_variant:
             raise ValueError('no patterns: pass some, such as ["unstructured:0.9", "2:4"], or set `variants`')
         with generators_kept():
             self._family = build_family(
                 self._whole_model(),
-                patterns,
+                patterns or [],
+                trained=self._trained_variants(),
                 evaluate=self.evaluate_variant if self.eval_dataset is not None else None,
                 calibration_data=TrainingBatches(self, self.args.seed) if self.train_dataset is not None else None,
                 calibration_samples=self.args.calibration_samples,
@@ -281,6 +284,10 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
         if self.accelerator.is_main_process:
             whole.load_state_dict(state)
         return whole.to(self.args.device)
+
+    def _trained_variants(self) -> dict[str, Any]:
+        """Pattern to model, of variants that the training has made."""
+        return {}
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Row after row: `group_by_length` would shuffle this data set too, and answers belong to their questions."""
@@ -372,13 +379,3 @@ def changed_arguments(args: Any) -> dict[str, Any]:
         if f.init and not is_left_out and is_plain and value != default:
             changed[f.name] = value
     return changed
-
-
-def _is_whole(checkpoint: Path, world_size: int) -> bool:
-    """The state is the last file that the Trainer writes of a checkpoint; other ranks write their generators beside."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    has_generators = not any(checkpoint.glob("rng_state*.pth")) or world_size == 1
-    return has_generators or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(world_size))

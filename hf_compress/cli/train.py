@@ -63,7 +63,8 @@ def train(argv: Sequence[str]) -> None:
         print(_usage())
         return
     run = parse(argv)
-    if run.args.push_to_hub and not run.args.variants:
+    has_variants = bool(run.args.variants) or run.method.mixin_class.makes_variant
+    if run.args.push_to_hub and not has_variants:
         raise ValueError("--push_to_hub publishes the family: say with --variants which patterns to cut, such as 2:4")
     check_output(Path(run.args.output_dir))
     set_seed(run.args.seed)
@@ -76,7 +77,7 @@ def train(argv: Sequence[str]) -> None:
     resume = run.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
-    if run.args.variants:
+    if has_variants:
         printer = VariantPrinter(trainer.is_world_process_zero())
         printer.finish(trainer.build_family(recipe=run.recipe, task=run.task_name, progress=printer))
         if run.args.push_to_hub:  # build_family has sent everything; this finds that it is there

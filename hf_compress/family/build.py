@@ -19,7 +19,7 @@ from torch import nn
 from ..calibration import like_parameters, recalibrate_batch_norm
 from ..distributed import is_main_process, run_on_main
 from ..oneshot import CompressionReport, compress
-from ..patterns import Pattern, Unstructured, distinct_patterns
+from ..patterns import Pattern, Unstructured, distinct_patterns, parse_pattern
 from ..structure import describe
 from ..targets import unwrap
 from .family import Family, load_family
@@ -50,6 +50,7 @@ def build_family(
     exclude: Sequence[str] | None = None,
     remove: bool = False,
     multiple_of: int = 1,
+    trained: Mapping[str, Any] | None = None,
     progress: Callable[[Variant], None] | None = None,
 ) -> Family:
     """Save a model and variants of it, each cut in one shot from the saved dense checkpoint, with measured numbers.
@@ -75,6 +76,7 @@ def build_family(
         exclude: globs on names, see `find_targets`.
         remove: cut filters, neurons and heads out, see `compress`; other patterns are what they are without it.
         multiple_of: see `compress`.
+        trained: pattern to model, of variants that were trained rather than cut; of the class of `model`.
         progress: called with every variant when it is done, the dense checkpoint first.
 
     Raises:
@@ -92,7 +94,8 @@ def build_family(
     if example_inputs is None and calibration_data is not None:
         example_inputs = _first_sample(calibration_data)
     json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
-    cut = distinct_patterns(patterns)
+    made = {parse_pattern(pattern): unwrap(variant) for pattern, variant in (trained or {}).items()}
+    cut = distinct_patterns([*made, *patterns])
     target = Path(output_dir).absolute()
     partial = run_on_main(lambda: start_folder(target))
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
@@ -102,7 +105,8 @@ def build_family(
         checkpoints: list[Variant] = []
         with _without_progress_bars():
             for pattern in (None, *cut):
-                checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None))
+                variant = made.get(pattern) if pattern else None
+                checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None, variant))
                 if progress is not None:
                     progress(checkpoints[-1])
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -132,11 +136,11 @@ class _Job:
     remove: bool = False
     multiple_of: int = 1
 
-    def checkpoint(self, pattern: Pattern | None, dense: Variant | None) -> Variant:
+    def checkpoint(self, pattern: Pattern | None, dense: Variant | None, trained: Any = None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
         name = pattern.revision if pattern else "dense"
         report: CompressionReport
-        report, storage = run_on_main(lambda: self._write(name, pattern))
+        report, storage = run_on_main(lambda: self._write(name, pattern, trained))
         loaded = self._load(name)
         numbers = run_on_main(lambda: self._measure(name, loaded))  # before evaluate, which may change the type
         metrics: dict[str, float | None] = {}
@@ -147,7 +151,7 @@ class _Job:
             pattern=str(pattern) if pattern else None,
             revision=name if pattern else "main",
             path=name,
-            made_by="one_shot" if pattern else "trained",
+            made_by="one_shot" if pattern and trained is None else "trained",
             storage=storage,
             loads_with=_loads_with(loaded),
             metrics=metrics,
@@ -161,9 +165,10 @@ class _Job:
         loaded = load_model(type(self.model), self.folder / name)
         return loaded.to(next(self.model.parameters()).device).eval()
 
-    def _write(self, name: str, pattern: Pattern | None) -> tuple[CompressionReport, str]:
-        model = self.model if pattern is None else self._load("dense")
-        if pattern is not None:
+    def _write(self, name: str, pattern: Pattern | None, trained: Any) -> tuple[CompressionReport, str]:
+        is_cut = pattern is not None and trained is None
+        model = self._load("dense") if is_cut else self.model if pattern is None else trained
+        if pattern is not None and is_cut:
             remove = changes_shapes(pattern, self.remove)
             sizes = (self.multiple_of, self.example_inputs) if remove else ()
             report = compress(model, pattern, self.include, self.exclude, remove, *sizes)
@@ -171,7 +176,7 @@ class _Job:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
         folder = self.folder / name
         storage = save_checkpoint(model, self.processing_class, folder, pattern, self.include, self.exclude)
-        if pattern is None:  # a share of 0 changes nothing and counts the zeros
+        if not is_cut:  # a share of 0 changes nothing and counts the zeros
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
         return report, storage
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..training import CompressionArguments, CompressionMixin
 from .cram import CrAMConfig, CrAMMixin, CrAMTrainer
 from .sfw import SFWConfig, SFWMixin, SFWTrainer
+from .tpp import TPPConfig, TPPMixin, TPPTrainer
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ METHODS = {
             SFWTrainer,
             "arXiv:2205.11921",
             "weights in a region whose vertices are sparse, filter-sparse or of low rank, to be cut at any share",
+        ),
+        Method(
+            "tpp",
+            TPPConfig,
+            TPPMixin,
+            TPPTrainer,
+            "arXiv:2207.12534",
+            "filters, neurons or heads that are chosen, made needless and removed: a smaller, faster model",
         ),
     )
 }

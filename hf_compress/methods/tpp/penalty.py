@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...distributed import is_sharded
+from ...distributed import is_sharded, total_norm
 from ...structure import Belonging, Line
 from ...targets import kind_of, unwrap
 
@@ -110,7 +110,7 @@ class TrainabilityPenalty:
         if others & set(line.indices):
             raise ValueError(f"{line.path!r} goes with the outputs of two layers of `pruned`; name one of them")
         role = "norm" if line.part == "norm" else "root" if line.is_root else "passing"
-        device, size = _device_of(module), module.num_features if role == "norm" else _rows_of(module).shape[0]
+        device, size = _device_of(module), module.num_features if role == "norm" else rows_of(module).shape[0]
         is_pruned = torch.zeros(size, dtype=torch.bool)
         is_pruned[list(line.indices)] = True
         pruned, kept = (mask.nonzero().flatten().to(device) for mask in (is_pruned, ~is_pruned))
@@ -122,7 +122,7 @@ class TrainabilityPenalty:
         for rows in self._rows:
             if rows.role != "root":
                 continue
-            weight = _rows_of(self._module(rows))
+            weight = rows_of(self._module(rows))
             key = weight.shape, weight.dtype, weight.device, rows.blocks, len(rows.pruned)
             alike.setdefault(key, []).append(rows)
         for (shape, *_), listed in alike.items():
@@ -136,7 +136,7 @@ class TrainabilityPenalty:
         Args:
             strength: lambda of the schedule, from 0. Frozen parameters get nothing.
         """
-        self._add_scaled(strength, _gradient_of)
+        self._add_scaled(strength, gradient_of)
 
     @torch.no_grad()
     def decay_(self, strength: float | torch.Tensor, rate: float) -> None:
@@ -175,7 +175,7 @@ class TrainabilityPenalty:
                 inside = (pruned @ pruned.mT).square().sum() + 2 * (pruned @ kept.mT).square().sum()
                 gram.append(self._gram_factor(rows) / 4 * inside)
             for parameter, dim in self._parameters(rows):
-                chosen = _exact(parameter.index_select(dim, rows.pruned))
+                chosen = exact(parameter.index_select(dim, rows.pruned))
                 decay.append(self._decay_of(rows) / 2 * chosen.square().sum())
         home = decay[0].device
         sums = [torch.stack([term.to(home) for term in found]).sum() for found in (gram, decay)]
@@ -202,7 +202,7 @@ class TrainabilityPenalty:
         """The Gram term and the decay of rows, for root layers of one shape; bounded for a step of a positive rate."""
         kept, pruned = self._split(batch)
         weights = [self._module(rows).weight for rows in batch]
-        count = _rows_of(self._module(batch[0])).shape[0]
+        count = rows_of(self._module(batch[0])).shape[0]
         factor = self._gram_factor(batch[0]) * strength
         across, inside = pruned @ kept.mT, pruned @ pruned.mT
         of_pruned = (inside @ pruned).baddbmm_(across, kept)
@@ -218,17 +218,17 @@ class TrainabilityPenalty:
         for i, rows in enumerate(batch):
             update = torch.empty(count, size, dtype=pruned.dtype, device=pruned.device)
             update.index_copy_(0, rows.pruned, of_pruned[i]).index_copy_(0, rows.kept, of_kept[i])
-            updates.append(_as_weight(update, self._module(rows)))
+            updates.append(as_weight(update, self._module(rows)))
         return [update.to(weight.dtype) for update, weight in zip(updates, weights, strict=True)]
 
     def _split(self, batch: list[_Rows]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows that stay and rows that go, in float32 at least, each (layers * blocks, rows, D)."""
-        matrices = [_rows_of(self._module(rows)) for rows in batch]
+        matrices = [rows_of(self._module(rows)) for rows in batch]
         blocks = batch[0].blocks
         found = []
         for which in ("kept", "pruned"):
             parts = [m.index_select(0, getattr(rows, which)) for m, rows in zip(matrices, batch, strict=True)]
-            stacked = _exact(torch.stack(parts))
+            stacked = exact(torch.stack(parts))
             found.append(stacked.view(len(batch) * blocks, -1, stacked.shape[2]))
         return found[0], found[1]
 
@@ -254,18 +254,28 @@ def _device_of(module: Any) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _rows_of(module: Any) -> torch.Tensor:
+def rows_of(module: Any) -> torch.Tensor:
     """The weight of a layer as a matrix with a row for each output."""
     weight: torch.Tensor = module.weight.detach()
     return weight.T if weight.ndim == 2 and kind_of(module)[1] == 0 else weight.flatten(1)
 
 
-def _as_weight(matrix: torch.Tensor, module: Any) -> torch.Tensor:
+def as_weight(matrix: torch.Tensor, module: Any) -> torch.Tensor:
+    """A matrix of `rows_of` in the shape of the weight."""
     return matrix.T if module.weight.ndim == 2 and kind_of(module)[1] == 0 else matrix.view(module.weight.shape)
 
 
-def _exact(tensor: torch.Tensor) -> torch.Tensor:
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def gradient_norm(penalty: Any, strength: float) -> torch.Tensor:
+    """The L2 norm of what `add_gradients` of a penalty adds; 0-dim float32 at least."""
+    found: dict[torch.Tensor, torch.Tensor] = {}
+    with torch.no_grad():
+        penalty._add_scaled(strength, lambda parameter: found.setdefault(parameter, torch.zeros_like(parameter)))
+    return total_norm(found.values())
 
 
 def _longest_step(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -274,7 +284,8 @@ def _longest_step(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return (rows * gradient).sum((1, 2), keepdim=True) / gradient.square().sum((1, 2), keepdim=True).clamp_min(tiny)
 
 
-def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter, zeros where it has none yet."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

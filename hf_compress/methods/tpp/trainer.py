@@ -1,0 +1,246 @@
+"""TPP in the Trainer: one run trains, regularizes, removes and retrains, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SchedulerType, Trainer
+from transformers.utils import logging
+
+from ...checkpoints import last_checkpoint
+from ...distributed import run_on_main
+from ...oneshot import merged_on_disk
+from ...structure import remove, write_description
+from ...targets import find_targets
+from ...training import CompressionMixin
+from ...training_data import TrainingBatches, generators_kept
+from .config import TPPConfig
+from .regularization import Regularization, TPPProgress, all_layers
+from .selection import Selection, select
+from .trainability import mean_jacobian_singular_value
+
+logger = logging.get_logger(__name__)
+
+# The parts of a run in their order, and the folder of their checkpoints inside `output_dir`.
+PHASES = {"dense": "dense", "regularize": "regularized", "retrain": "."}
+
+
+class TPPMixin(CompressionMixin):
+    """Makes any `Trainer` class train with TPP: `class MyTPPTrainer(TPPMixin, MyTrainer)`.
+
+    The model that is passed becomes smaller; `build_family` shows it beside the dense one. Checkpoints of the
+    regularization lie in `output_dir`/regularized, those of the retraining in `output_dir`. While the penalty works,
+    the log gets its "penalty_strength" and "penalty_norm" beside "grad_norm", which is of the task alone.
+    """
+
+    method = "tpp"
+    config_class = TPPConfig
+    makes_variant = True
+    lr_scheduler: Any
+    callback_handler: Any
+    state: Any
+    progress: TPPProgress
+    regularization: Regularization
+    _dense: Any = None
+    _first_logs: dict[str, float | None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._first_logs = {}
+        if self.optimizer is not None or self.lr_scheduler is not None or self.model_init is not None:
+            raise ValueError(
+                "TPP makes new parameters, which an optimizer or scheduler that is passed does not know, nor one that "
+                "belongs to a model_init; pass a model, and name optimizer and scheduler in the arguments (optim, "
+                "lr_scheduler_type), or pass optimizer_cls_and_kwargs"
+            )
+        self.progress = TPPProgress()
+        self.add_callback(self.progress)
+        self.regularization = Regularization(self._on_train_begin)
+        self.add_callback(self.regularization)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, for all parts of the run; True finds the last whole checkpoint of the last of them.
+
+        Raises:
+            ValueError: under FSDP and DeepSpeed, for patterns that remove nothing or not exactly, or as
+                `CompressionMixin.train`.
+        """
+        self._refuse_what_hides_rows()
+        self.args.schedule(len(all_layers(self.model)))  # a wrong one fails before anything is trained
+        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        if checkpoint:
+            self._take_over(checkpoint)
+        own, output = self.args, None
+        history: list[dict[str, float]] = []
+        try:
+            for phase in list(PHASES)[list(PHASES).index(self.progress.phase) :]:
+                self._begin(phase)
+                self.args = _arguments_of(phase, own)
+                if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+                    continue
+                output = super().train(checkpoint, *args, **kwargs)
+                history += self.state.log_history
+                checkpoint = None
+                if self.state.global_step < self.state.max_steps and phase != "retrain":
+                    logger.warning(f"The training was stopped in step {self.state.global_step}; nothing is removed.")
+                    break
+        finally:
+            self.args = own
+        self.state.log_history = history
+        return output
+
+    def _refuse_what_hides_rows(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"TPP multiplies all rows of a layer with each other, and {name} deals them to the processes; launch "
+                "it with DistributedDataParallel (DDP): accelerate launch --multi_gpu"
+            )
+
+    def _last_checkpoint(self) -> str | None:
+        found = (self._last_of(phase) for phase in reversed(PHASES))
+        return next((path for path in found if path), None)
+
+    def _last_of(self, phase: str) -> str | None:
+        return last_checkpoint(Path(str(self.args.output_dir)) / PHASES[phase], self.args.world_size)
+
+    def _take_over(self, checkpoint: str) -> None:
+        """Be in the part of the run that a checkpoint is of; the Trainer loads its weights afterwards."""
+        self.progress.__dict__.update(_progress_in(checkpoint))
+        if self.progress.phase == "dense":
+            return
+        if self.args.dense_epochs:
+            if (dense := self._last_of("dense")) is None:
+                raise ValueError(f"{checkpoint} goes on from a dense model that is not in {self.args.output_dir}/dense")
+            self._load_from_checkpoint(dense)
+        self._keep_dense()
+        if self.progress.phase == "retrain":
+            self._remove()
+
+    def _begin(self, phase: str) -> None:
+        """What happens before a part of the run, unless it was begun already."""
+        if phase == self.progress.phase:
+            return
+        self.progress.phase = phase
+        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.optimizer = self.lr_scheduler = None
+        if phase == "regularize":
+            self._keep_dense()
+            self._choose()
+            self._first_logs = {"trainability": self.trainability(), "speed_up": self.progress.speed_up}
+        else:
+            before = self.trainability()
+            self._remove()
+            self._first_logs = {"trainability_before_removal": before, "trainability": self.trainability()}
+
+    def _choose(self) -> None:
+        """Which rows go, from the weights as they are now."""
+        args, model = self.args, self.model
+
+        def chosen() -> Selection:
+            reasons = merged_on_disk(model, find_targets(model, include=["*"]))
+            sizes = args.speed_up, args.multiple_of
+            return select(model, args.patterns, self._sample(), *sizes, args.include, args.exclude, reasons)
+
+        found: Selection = run_on_main(chosen)
+        for path, reason in found.skipped.items():
+            logger.info(f"{path} keeps its shape: {reason}")
+        self.progress.pruned, self.progress.pattern = found.pruned, found.pattern
+        self.progress.speed_up = round(found.speed_up, 4)
+
+    def _keep_dense(self) -> None:
+        self._dense = copy.deepcopy(self.model).cpu()
+
+    def _remove(self) -> None:
+        self.regularization.end()
+        remove(self.model, self.progress.pruned or {}, self._sample())
+        write_description(self.model)
+
+    def _sample(self, count: int = 2) -> dict[str, Any]:
+        """Training samples without their labels."""
+        with generators_kept():
+            batch = dict(next(iter(TrainingBatches(self, self.args.seed))))
+        inputs: dict[str, Any] = self._prepare_inputs(batch)
+        labels = {*self.label_names, "labels", "label", "label_ids"}
+        cut = {k: v[:count] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
+        return {k: v for k, v in cut.items() if k not in labels}
+
+    def trainability(self) -> float | None:
+        """Mean Jacobian singular value on `trainability_samples` training samples; None for inputs without gradient."""
+        if not self.args.trainability_samples:
+            return None
+        try:
+            return mean_jacobian_singular_value(self.model, self._sample(self.args.trainability_samples))
+        except ValueError as reason:
+            logger.info(f"no mean Jacobian singular value: {reason}")
+            return None
+
+    def _trained_variants(self) -> dict[str, Any]:
+        return {self.progress.pattern: self.model}
+
+    def _whole_model(self) -> Any:
+        if self._dense is None or self.progress.phase != "retrain":
+            raise ValueError("nothing has been removed yet: call train() first")
+        return self._dense.to(self.args.device)
+
+    def _on_train_begin(self) -> None:
+        """When model and optimizer of a part of the run are ready."""
+        callbacks = self.callback_handler.callbacks  # the Trainer may have read this one from a checkpoint
+        self.progress = next(each for each in callbacks if isinstance(each, TPPProgress))
+        logs = {name: value for name, value in self._first_logs.items() if value is not None}
+        if self.progress.phase == "regularize":
+            pruned, inputs = self.progress.pruned, self._sample()
+            logs["e_folds"] = self.regularization.begin(self.model, self.args, pruned, inputs, self.optimizer)
+        if logs and not self.state.global_step:
+            self.log(logs)
+        self._first_logs = {}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds strength and norm of the penalty in the step before."""
+        if "loss" in logs:
+            logs |= self.regularization.logs(max(0, self.state.global_step - 1))
+        super().log(logs, *args, **kwargs)
+
+
+def _progress_in(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint says about the run; ValueError for one of another method."""
+    content = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    found = (content.get("stateful_callbacks") or {}).get(TPPProgress.__name__)
+    found = found[0] if isinstance(found, list) else found
+    if not found:
+        raise ValueError(f"{checkpoint} is no checkpoint of a TPPTrainer; start without resume_from_checkpoint")
+    own: dict[str, Any] = found["attributes"]
+    return own
+
+
+def _arguments_of(phase: str, args: TPPConfig) -> TPPConfig:
+    """What the Trainer is told in one part of the run."""
+    own = copy.copy(args)
+    own.output_dir = str(Path(str(args.output_dir)) / PHASES[phase])
+    if phase == "retrain":
+        return own
+    own.load_best_model_at_end = False
+    if phase == "dense":
+        own.num_train_epochs, own.max_steps = args.dense_epochs, -1
+        return own
+    rate = args.regularize_learning_rate
+    own.learning_rate = args.learning_rate / 10 if rate is None else rate
+    own.lr_scheduler_type, own.lr_scheduler_kwargs, own.warmup_steps = SchedulerType.CONSTANT, {}, 0
+    own.max_steps, own.num_train_epochs = args.schedule().steps, 0
+    return own
+
+
+class TPPTrainer(TPPMixin, Trainer):
+    """`transformers.Trainer` that trains with TPP; takes a `TPPConfig` as `args`, everything else as usual.
+
+    ```python
+    args = TPPConfig("out", patterns=["filters:0.5"], learning_rate=0.01, num_train_epochs=30)
+    trainer = TPPTrainer(model=model, args=args, train_dataset=..., eval_dataset=...)
+    trainer.train()
+    family = trainer.build_family()
+    ```
+    """
