@@ -42,6 +42,10 @@ class SFWRecorder(Recording, hfc.SFWTrainer):
     pass
 
 
+class TPPRecorder(Recording, hfc.TPPTrainer):
+    pass
+
+
 class Sharding:
     """Accelerate enters FSDP from GPU-like launches only; a test on the CPU has to pretend."""
 
@@ -55,6 +59,10 @@ class Sharded(Sharding, Recorder):
 
 
 class SFWSharded(Sharding, SFWRecorder):
+    pass
+
+
+class TPPSharded(Sharding, TPPRecorder):
     pass
 
 
@@ -86,6 +94,7 @@ def main():
     parser.add_argument("--no_check", action="store_true")
     parser.add_argument("--method", default="cram")
     parser.add_argument("--constraint")
+    parser.add_argument("--only_rank_0", action="store_true")
     options = parser.parse_args()
     if options.model == "bert":
         model, data = tiny_bert(), text_samples()
@@ -98,6 +107,9 @@ def main():
     config_class, method = hfc.CrAMConfig, {"rho": 0.1, "patterns": ["unstructured:0.5", "2:4"]}
     if options.method == "sfw":
         config_class, method = hfc.SFWConfig, {"constraint": options.constraint}
+    if options.method == "tpp":
+        short = {"grow_steps": 4, "grow_every": 1, "stabilize_steps": 4}
+        config_class, method = hfc.TPPConfig, {"patterns": ["neurons:0.5", "heads:0.5"], **short}
     args = config_class(
         output_dir=str(options.output_dir),
         max_steps=options.max_steps,
@@ -115,7 +127,7 @@ def main():
         **method,
         **sharding,
     )
-    kinds = {"cram": (Recorder, Sharded), "sfw": (SFWRecorder, SFWSharded)}
+    kinds = {"cram": (Recorder, Sharded), "sfw": (SFWRecorder, SFWSharded), "tpp": (TPPRecorder, TPPSharded)}
     trainer = kinds[options.method][options.fsdp](
         model=model,
         args=args,
@@ -125,6 +137,8 @@ def main():
         callbacks=[Pause(options.pause_after_save)],
     )
     trainer.only_last = options.only_last
+    if options.only_rank_0:  # the penalty reaches one process alone
+        trainer.regularization.strength = lambda step: float(trainer.accelerator.process_index == 0)
     if options.bucket_view:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     trainer.train(resume_from_checkpoint=options.resume)
@@ -142,6 +156,7 @@ def main():
     }
     if options.family:
         family = trainer.build_family(["unstructured:0.5", "2:4"])
+        facts["variants"] = [v.pattern for v in family.variants]
         facts["metrics"] = [v.metrics for v in (family.dense, *family.variants)]
     (options.output_dir / f"rank{rank}.json").write_text(json.dumps(facts))
     live = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
