@@ -19,7 +19,9 @@ class VariantPrinter:
         if self.is_talking:
             metric = main_metric(variant.metrics)
             value = f", {metric} {variant.metrics[metric]:.4f}" if metric else ""
-            print(f"saved {variant.path}: {100 * variant.sparsity:.1f} % zeros{value}", flush=True)
+            removed = variant.parameters_removed
+            size = f"{variant.parameters} parameters" if removed else f"{100 * variant.sparsity:.1f} % zeros"
+            print(f"saved {variant.path}: {size}{value}", flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own."""
@@ -35,10 +37,13 @@ class VariantPrinter:
             print(f"manifest  {_relative(family.folder / 'family.json')}")
             if plot.is_file():
                 print(f"plot      {_relative(plot)}")
-            if all(v.loads_with == "transformers" for v in family.variants):
+            needing = [v.path for v in family.variants if v.loads_with != "transformers"]
+            if not needing:
                 print("Every folder loads with plain transformers: AutoModel....from_pretrained(FOLDER)")
+            elif len(needing) == len(family.variants):
+                print("Every variant loads with transformers after `import hf_compress`")
             else:
-                print("Every folder loads with transformers after `import hf_compress`")
+                print(f"After `import hf_compress` transformers loads {', '.join(needing)}, and the others without it")
 
 
 def render(family: Family) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .manifest import Manifest
-from .table import main_metric
+from .table import main_metric, share_removed
 from .variant import Variant
 
 _INK, _QUIET, _LINE, _POINT = "#1a1a1a", "#8a8a8a", "#2a6fbb", "#d1603d"
@@ -40,18 +40,24 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
     dense = family.dense.metrics[metric]
     curve = sorted((v for v in variants if v.revision.startswith("unstructured")), key=lambda v: v.sparsity)
     others = [v for v in variants if v not in curve]
+    shrinks = any(v.parameters_removed for v in variants)
+    is_trained = all(v.made_by == "trained" for v in variants)
     axes.axhline(dense, color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label=f"dense, {dense:.3f}", zorder=1)
     if curve:
         x, y = [100 * v.sparsity for v in curve], [v.metrics[metric] for v in curve]
         axes.plot(x, y, color=_LINE, marker="o", markersize=5, linewidth=2, label="unstructured", zorder=2)
     if others:
-        x, y = [100 * v.sparsity for v in others], [v.metrics[metric] for v in others]
-        axes.plot(x, y, color=_POINT, marker="D", markersize=6, linestyle="none", label="N:M", zorder=3)
+        gone = [share_removed(v, family.dense) or v.sparsity for v in others]
+        x, y = [100 * share for share in gone], [v.metrics[metric] for v in others]
+        name = "N:M" if all(v.revision.startswith("nm-") for v in others) else "other patterns"
+        axes.plot(x, y, color=_POINT, marker="D", markersize=6, linestyle="none", label=name, zorder=3)
         for variant, right, top in zip(others, x, y, strict=True):
             axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
-    axes.set_xlabel("zeros in the compressed weights, %", color=_INK)
+    zeros = "zeros in the compressed weights, "
+    axes.set_xlabel(f"{zeros}or parameters removed, %" if shrinks else f"{zeros}%", color=_INK)
     axes.set_ylabel(metric.replace("_", " "), color=_INK)
-    axes.set_title(f"Cut in one shot from one dense checkpoint ({family.method})", loc="left", color=_INK, fontsize=11)
+    made = "Trained beside the dense checkpoint" if is_trained else "Cut in one shot from one dense checkpoint"
+    axes.set_title(f"{made} ({family.method})", loc="left", color=_INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -15,12 +15,20 @@ def main_metric(metrics: dict[str, float | None]) -> str | None:
 def table_rows(manifest: Manifest) -> list[list[str]]:
     """The header, the dense checkpoint, the variants; the first column is text, the others are numbers."""
     metric = main_metric(manifest.dense.metrics)
-    header = ["variant", "zeros", *([metric, "vs dense"] if metric else []), "disk", "zipped", "latency"]
-    return [header, *(_row(variant, manifest.dense, metric) for variant in manifest.checkpoints)]
+    shrinks = any(variant.parameters_removed for variant in manifest.variants)
+    removed = ["removed"] if shrinks else []
+    header = ["variant", *removed, "zeros", *([metric, "vs dense"] if metric else []), "disk", "zipped", "latency"]
+    return [header, *(_row(variant, manifest.dense, metric, shrinks) for variant in manifest.checkpoints)]
 
 
-def _row(variant: Variant, dense: Variant, metric: str | None) -> list[str]:
-    row = [variant.pattern or "dense", f"{100 * variant.sparsity:.1f} %"]
+def share_removed(variant: Variant, dense: Variant) -> float:
+    """The share of the parameters of the dense checkpoint that a variant no longer has."""
+    return variant.parameters_removed / dense.parameters if dense.parameters else 0.0
+
+
+def _row(variant: Variant, dense: Variant, metric: str | None, shrinks: bool) -> list[str]:
+    row = [variant.pattern or "dense", *([f"{100 * share_removed(variant, dense):.1f} %"] if shrinks else [])]
+    row.append(f"{100 * variant.sparsity:.1f} %")
     if metric:
         value, reference = variant.metrics.get(metric), dense.metrics[metric]
         if value is None or reference is None:

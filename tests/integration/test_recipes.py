@@ -14,6 +14,7 @@ import hf_compress as hfc
 from hf_compress.cli import run
 from hf_compress.cli.recipes import packaged, read_recipe
 from hf_compress.methods.registry import METHODS
+from hf_compress.methods.tpp.selection import Rule
 from hf_compress.patterns import parse_patterns
 from tests.conftest import ROOT, tiny_vit
 
@@ -33,7 +34,13 @@ LIGHT = {
     },
     "imagenet_resnet50_sfw_spectral": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_vit_sfw": ["--model_name_or_path", "VIT"],
+    "cifar10_resnet20_tpp": ["--dense_epochs", "1"],
+    "cifar10_resnet56_tpp": ["--model_args", '{"depth": 8}', "--dense_epochs", "1"],
+    "imagenet_resnet34_tpp": ["--model_name_or_path", "RESNET34"],
+    "imagenet_resnet50_tpp": ["--model_name_or_path", "RESNET50"],
+    "imagenet_vit_tpp": ["--model_name_or_path", "VIT"],
 }
+SHORT = "--grow_steps 2 --stabilize_steps 2 --grow_every 1 --zero_every 0".split()  # of TPP
 FAST = "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --dataloader_num_workers 0"
 FAST += " --calibration_samples 8 --use_cpu --disable_tqdm true --dataloader_pin_memory false"
 OF_IMAGES = {n: p for n, p in packaged().items() if p.parent.name == "image-classification" and n[:6] != "digits"}
@@ -65,17 +72,36 @@ def vit(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, vit):
+    """Word to folder."""
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    folders = {"VIT": vit}
+    for depth in (34, 50):
+        folders[f"RESNET{depth}"] = tmp_path_factory.mktemp(f"resnet{depth}")
+        sizes = {"layers": [3, 4, 6, 3], "channels": [8, 8, 8, 8]}
+        config = TimmWrapperConfig(architecture=f"resnet{depth}", num_labels=2, model_args=sizes)
+        TimmWrapperForImageClassification(config).save_pretrained(folders[f"RESNET{depth}"])
+    return {word: str(folder) for word, folder in folders.items()}
+
+
 @pytest.mark.parametrize("name", sorted(OF_IMAGES))
-def test_recipe_starts_and_gives_a_family(name, tmp_path, capsys, pictures, vit):
+def test_recipe_starts_and_gives_a_family(name, tmp_path, capsys, pictures, pretrained):
     recipe = read_recipe(name)
-    first, last = recipe["variants"][0], recipe["variants"][-1]
-    variants = list(dict.fromkeys([first, last]))
-    flags = [str(vit) if word == "VIT" else word for word in LIGHT[name]]
+    asked = recipe.get("variants", [])
+    cut = list(dict.fromkeys([asked[0], asked[-1]])) if asked else []
+    flags = [pretrained.get(word, word) for word in LIGHT[name]]
+    flags += ["--variants", *cut] if cut else SHORT
     data = ["--dataset_name", str(pictures), "--image_column", "image"]
-    command = ["train", name, *data, *flags, *FAST.split(), "--output_dir", str(tmp_path), "--variants", *variants]
+    command = ["train", name, *data, *flags, *FAST.split(), "--output_dir", str(tmp_path)]
     assert run(command) == 0, capsys.readouterr().err
     family = hfc.load_family(tmp_path / "_family")
-    assert [v.pattern for v in family.variants] == variants
+    if cut:
+        assert [v.pattern for v in family.variants] == cut
+    else:
+        assert [v.made_by for v in family.variants] == ["trained"]
+        assert family.variants[0].macs < family.dense.macs
     assert all(v.metrics["accuracy"] is not None for v in family.variants)
     assert all(v.sparsity > 0.2 or v.parameters_removed > 0 for v in family.variants)
     # What the run says of itself is the recipe; what equals a default is left out.
@@ -93,7 +119,8 @@ def test_patterns_of_recipes_are_canonical(name):
     recipe = read_recipe(name)
     for key in ("patterns", "variants"):
         written = recipe.get(key) or []
-        assert [str(p) for p in parse_patterns(written)] == written
+        is_rule = key == "patterns" and recipe["method"] == "tpp"
+        assert [str(p) for p in (map(Rule.parse, written) if is_rule else parse_patterns(written))] == written
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

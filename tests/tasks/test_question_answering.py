@@ -199,6 +199,20 @@ def test_recipes_train_and_score_variants(bert, files, tmp_path, capsys, recipe)
         assert variant.loads_with == "transformers"
 
 
+def test_neurons_and_heads_are_removed(bert, files, tmp_path, capsys):
+    data = ["--train_file", files["train_file"], "--eval_file", files["eval_file"]]
+    model = ["--model_name_or_path", bert, "--output_dir", str(tmp_path / "out"), "--dense_epochs", "1"]
+    schedule = "--grow_steps 2 --stabilize_steps 2 --grow_every 1".split()
+    command = ["train", "bert_base_squad_tpp", *data, *model, *schedule, *FAST.split(), "--patterns"]
+    assert run([*command, "neurons:0.5", "heads:0.5"]) == 0, capsys.readouterr().err
+    family = hfc.load_family(tmp_path / "out" / "_family")
+    variant = family["neurons:0.5+heads:0.5"]
+    assert variant.made_by == "trained"
+    assert variant.macs < family.dense.macs
+    loaded = AutoModelForQuestionAnswering.from_pretrained(family.path_to(variant))
+    assert sum(p.numel() for p in loaded.parameters()) == variant.parameters < family.dense.parameters
+
+
 def test_sparse_fine_tuning_keeps_every_zero(bert, files, tmp_path, capsys):
     model = AutoModelForQuestionAnswering.from_pretrained(bert)
     hfc.compress(model, "unstructured:0.8")

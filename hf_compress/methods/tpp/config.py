@@ -43,6 +43,7 @@ class TPPConfig(CompressionArguments):
         decoupled: step down the penalty beside the optimizer, which is what Adam needs; by default for all but SGD.
         penalty_rate: of decoupled steps.
         dense_epochs: train the dense model for so many epochs first, with the schedule of the retraining.
+        dense_learning_rate: of these epochs, `learning_rate` by default.
         trainability_samples: training samples for the mean Jacobian singular value, which is logged; 0 for none.
     """
 
@@ -70,6 +71,9 @@ class TPPConfig(CompressionArguments):
     decoupled: bool | None = field(default=None, metadata={"help": "Step down the penalty beside the optimizer."})
     penalty_rate: float = field(default=0.01, metadata={"help": "Of decoupled steps."})
     dense_epochs: float = field(default=0.0, metadata={"help": "Train the dense model for so many epochs first."})
+    dense_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of these epochs; learning_rate by default."}
+    )
     trainability_samples: int = field(
         default=8, metadata={"help": "Training samples for the mean Jacobian singular value; 0 for none."}
     )
@@ -86,7 +90,8 @@ class TPPConfig(CompressionArguments):
             raise ValueError(f"multiple_of is a whole number of at least 1, got {self.multiple_of!r}")
         if type(self.trainability_samples) is not int or self.trainability_samples < 0:
             raise ValueError(f"trainability_samples is a whole number, 0 for none, got {self.trainability_samples!r}")
-        for name in ("regularize_learning_rate", "gram_weight", "penalty_rate", "dense_epochs"):
+        of_rates = ("regularize_learning_rate", "dense_learning_rate", "penalty_rate")
+        for name in (*of_rates, "gram_weight", "dense_epochs"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")

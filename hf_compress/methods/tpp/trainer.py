@@ -226,6 +226,7 @@ def _arguments_of(phase: str, args: TPPConfig) -> TPPConfig:
     own.load_best_model_at_end = False
     if phase == "dense":
         own.num_train_epochs, own.max_steps = args.dense_epochs, -1
+        own.learning_rate = args.learning_rate if args.dense_learning_rate is None else args.dense_learning_rate
         return own
     rate = args.regularize_learning_rate
     own.learning_rate = args.learning_rate / 10 if rate is None else rate

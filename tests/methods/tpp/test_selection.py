@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import shlex
 
 import pytest
 import timm
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_compress  # noqa: F401  # registers the nets of the papers
+from hf_compress.cli.recipes import packaged, read_recipe
 from hf_compress.family.footprint import count_macs
 from hf_compress.methods.tpp import select
 from hf_compress.structure import remove
@@ -62,6 +65,20 @@ def test_the_published_sparsities_of_resnet56(share, sparsity, speed_up):
     assert round(100 * gone / before, 2) == sparsity
     assert round(found.speed_up, 2) == speed_up
     assert dense_macs / count_macs(model, {"x": images}) == pytest.approx(found.speed_up, rel=1e-9)
+
+
+def test_the_recipe_of_resnet34_is_the_published_one():
+    patterns = read_recipe("imagenet_resnet34_tpp")["patterns"]
+    found = select(timm.create_model("resnet34"), patterns, torch.zeros(1, 3, 224, 224))
+    assert round(found.speed_up, 2) == 1.32
+
+
+def test_the_recipe_of_resnet50_names_the_published_shares(resnet50):
+    """As its patterns, and as flags in a comment."""
+    text, own = packaged()["imagenet_resnet50_tpp"].read_text(), read_recipe("imagenet_resnet50_tpp")["patterns"]
+    settings = [own, *(shlex.split(line)[1:] for line in re.findall(r"--patterns .*", text))]
+    found = [select(resnet50, rules, torch.zeros(1, 3, 224, 224)).speed_up for rules in settings]
+    assert sorted(round(speed_up, 2) for speed_up in found) == [1.49, 2.31, 2.56, 3.06]
 
 
 @given(st.integers(2, 300), st.integers(1, 99))
