@@ -30,11 +30,43 @@ class _Rows:
     """Outputs of one layer that will be removed; `blocks` layers of equal shape may lie in its weight."""
 
     path: str
+    module: Any
     root: str  # the layer of `pruned` that they go with
     role: str  # "root" has a Gram term, "passing" is made or passed on with it, "norm"
     pruned: torch.Tensor
     kept: torch.Tensor
     blocks: int = 1
+
+    def parameters(self) -> list[tuple[torch.Tensor, int]]:
+        """Weight and bias of the layer, and the dimension in which its outputs lie."""
+        dim = 0 if self.role == "norm" or kind_of(self.module)[1] else 1
+        return [(p, d) for p, d in ((self.module.weight, dim), (self.module.bias, 0)) if p is not None]
+
+
+class _Batch:
+    """Root layers whose products are taken together: of one shape, with as many rows that go."""
+
+    def __init__(self, rows: Sequence[_Rows]) -> None:
+        self.modules = [each.module for each in rows]
+        self.blocks, count = rows[0].blocks, len(rows[0].pruned) + len(rows[0].kept)
+        self.rows, self.num_pruned = count // self.blocks, len(rows[0].pruned) // self.blocks
+        order = []
+        for i, each in enumerate(rows):  # of each block first what goes, then what stays
+            parts = (each.pruned.view(self.blocks, -1), each.kept.view(self.blocks, -1))
+            order.append(torch.cat(parts, 1).flatten() + i * count)
+        self._order = torch.cat(order)
+        self._back = self._order.argsort()
+
+    def ordered(self) -> torch.Tensor:
+        """All rows in float32 at least, (layers * blocks, rows, D): `num_pruned` that go, then those that stay."""
+        stacked = exact(torch.stack([rows_of(module) for module in self.modules]))
+        return stacked.flatten(0, 1).index_select(0, self._order).view(-1, self.rows, stacked.shape[2])
+
+    def back(self, ordered: torch.Tensor) -> list[torch.Tensor]:
+        """The way back from `ordered`, in the shapes and types of the weights."""
+        rows = ordered.flatten(0, 1).index_select(0, self._back)
+        listed = rows.view(len(self.modules), -1, rows.shape[1]).unbind()
+        return [as_weight(m, module).to(module.weight.dtype) for m, module in zip(listed, self.modules, strict=True)]
 
 
 class TrainabilityPenalty:
@@ -96,6 +128,9 @@ class TrainabilityPenalty:
             for line in belonging.of(path, indices):
                 self._add(path, line)
         self._batches = list(self._batched()) if self.gram_weight else []
+        self._vectors = list(self._decaying_vectors())
+        decaying = (rows for rows in self._rows if self._decay_of(rows) and rows.module.weight is not None)
+        self._matrices = [r for r in decaying if r.module.weight.ndim > 1 and (r.role != "root" or not self._batches)]
 
     def _add(self, root: str, line: Line) -> None:
         if line.part == "inputs":
@@ -114,20 +149,33 @@ class TrainabilityPenalty:
         is_pruned = torch.zeros(size, dtype=torch.bool)
         is_pruned[list(line.indices)] = True
         pruned, kept = (mask.nonzero().flatten().to(device) for mask in (is_pruned, ~is_pruned))
-        self._rows.append(_Rows(line.path, root, role, pruned, kept, line.blocks))
+        self._rows.append(_Rows(line.path, module, root, role, pruned, kept, line.blocks))
 
-    def _batched(self) -> Iterator[list[_Rows]]:
-        """Root layers whose products are taken together: of one shape, with as many rows that go."""
+    def _batched(self) -> Iterator[_Batch]:
         alike: dict[Any, list[_Rows]] = {}
         for rows in self._rows:
             if rows.role != "root":
                 continue
-            weight = rows_of(self._module(rows))
+            weight = rows_of(rows.module)
             key = weight.shape, weight.dtype, weight.device, rows.blocks, len(rows.pruned)
             alike.setdefault(key, []).append(rows)
         for (shape, *_), listed in alike.items():
             count = max(1, _BATCH // shape.numel())
-            yield from (listed[i : i + count] for i in range(0, len(listed), count))
+            yield from (_Batch(listed[i : i + count]) for i in range(0, len(listed), count))
+
+    def _decaying_vectors(self) -> Iterator[tuple[list[tuple[Any, str]], torch.Tensor]]:
+        """Module and name of biases, and of scales and shifts of norms, with the weights of their decay end to end."""
+        alike: dict[Any, tuple[list[tuple[Any, str]], list[torch.Tensor]]] = {}
+        for rows in self._rows:
+            for name in ("weight", "bias"):
+                vector = getattr(rows.module, name)
+                if vector is not None and vector.ndim == 1 and self._decay_of(rows):
+                    factors = torch.zeros_like(vector, requires_grad=False)
+                    names, listed = alike.setdefault((vector.device, vector.dtype), ([], []))
+                    names.append((rows.module, name))
+                    listed.append(factors.index_fill_(0, rows.pruned, self._decay_of(rows)))
+        for names, listed in alike.values():
+            yield names, torch.cat(listed)
 
     @torch.no_grad()
     def add_gradients(self, strength: float | torch.Tensor) -> None:
@@ -158,7 +206,7 @@ class TrainabilityPenalty:
         """
         for rows in self._rows:
             if paths is None or rows.root in paths:
-                for parameter, dim in self._parameters(rows):
+                for parameter, dim in rows.parameters():
                     parameter.index_fill_(dim, rows.pruned, 0)
 
     @torch.no_grad()
@@ -171,10 +219,11 @@ class TrainabilityPenalty:
         gram, decay = [], []
         for rows in self._rows:
             if rows.role == "root":
-                kept, pruned = self._split([rows])
+                batch = _Batch([rows])
+                pruned, kept = batch.ordered().tensor_split([batch.num_pruned], 1)
                 inside = (pruned @ pruned.mT).square().sum() + 2 * (pruned @ kept.mT).square().sum()
-                gram.append(self._gram_factor(rows) / 4 * inside)
-            for parameter, dim in self._parameters(rows):
+                gram.append(self._gram_factor(batch.rows) / 4 * inside)
+            for parameter, dim in rows.parameters():
                 chosen = exact(parameter.index_select(dim, rows.pruned))
                 decay.append(self._decay_of(rows) / 2 * chosen.square().sum())
         home = decay[0].device
@@ -186,68 +235,38 @@ class TrainabilityPenalty:
     ) -> None:
         """Add the gradient of the penalty, times a scale, where `place` says for each parameter."""
         for batch in self._batches:
-            trained = [rows for rows in batch if self._module(rows).weight.requires_grad]
-            if trained:
-                weights = [self._module(rows).weight for rows in trained]
-                torch._foreach_add_([place(w) for w in weights], self._of_roots(trained, strength, -scale), alpha=scale)
-        for rows in self._rows:
-            factor = self._decay_of(rows) * strength
-            is_done = rows.role == "root" and bool(self._batches)
-            for parameter, dim in self._parameters(rows) if self._decay_of(rows) else ():
-                if parameter.requires_grad and not (is_done and parameter is self._module(rows).weight):
-                    chosen = parameter.index_select(dim, rows.pruned) * factor
-                    place(parameter).index_add_(dim, rows.pruned, chosen.to(parameter.dtype), alpha=scale)
+            updates = self._of_roots(batch, strength, -scale)
+            _add([m.weight for m in batch.modules], updates, place, scale)
+        for names, factors in self._vectors:
+            vectors = [module._parameters[name] for module, name in names]
+            update = torch.cat(vectors).mul_(factors).mul_(strength)
+            _add(vectors, update.split([len(vector) for vector in vectors]), place, scale)
+        for rows in self._matrices:
+            weight, dim = rows.parameters()[0]
+            if weight.requires_grad:
+                chosen = weight.index_select(dim, rows.pruned) * (self._decay_of(rows) * strength)
+                place(weight).index_add_(dim, rows.pruned, chosen.to(weight.dtype), alpha=scale)
 
-    def _of_roots(self, batch: list[_Rows], strength: float | torch.Tensor, rate: float) -> list[torch.Tensor]:
+    def _of_roots(self, batch: _Batch, strength: float | torch.Tensor, rate: float) -> list[torch.Tensor]:
         """The Gram term and the decay of rows, for root layers of one shape; bounded for a step of a positive rate."""
-        kept, pruned = self._split(batch)
-        weights = [self._module(rows).weight for rows in batch]
-        count = rows_of(self._module(batch[0])).shape[0]
-        factor = self._gram_factor(batch[0]) * strength
-        across, inside = pruned @ kept.mT, pruned @ pruned.mT
-        of_pruned = (inside @ pruned).baddbmm_(across, kept)
-        of_kept = across.mT @ pruned
+        rows = batch.ordered()
+        update = torch.empty_like(rows)
+        factor = self._gram_factor(batch.rows) * strength
+        pruned, kept = rows.tensor_split([batch.num_pruned], 1)
+        of_pruned, of_kept = update.tensor_split([batch.num_pruned], 1)
+        _multiply(pruned, kept, of_pruned, of_kept)
         if rate > 0:
             longest = torch.minimum(_longest_step(pruned, of_pruned), _longest_step(kept, of_kept))
             factor = (longest / rate).clamp_max(factor)
-        of_pruned.mul_(factor).add_(pruned * (self.filter_weight * strength))
-        of_kept.mul_(factor)
-        size = pruned.shape[2]
-        of_pruned, of_kept = of_pruned.view(len(batch), -1, size), of_kept.view(len(batch), -1, size)
-        updates = []
-        for i, rows in enumerate(batch):
-            update = torch.empty(count, size, dtype=pruned.dtype, device=pruned.device)
-            update.index_copy_(0, rows.pruned, of_pruned[i]).index_copy_(0, rows.kept, of_kept[i])
-            updates.append(as_weight(update, self._module(rows)))
-        return [update.to(weight.dtype) for update, weight in zip(updates, weights, strict=True)]
+        update.mul_(factor)
+        of_pruned.add_(pruned * (self.filter_weight * strength))
+        return batch.back(update)
 
-    def _split(self, batch: list[_Rows]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows that stay and rows that go, in float32 at least, each (layers * blocks, rows, D)."""
-        matrices = [rows_of(self._module(rows)) for rows in batch]
-        blocks = batch[0].blocks
-        found = []
-        for which in ("kept", "pruned"):
-            parts = [m.index_select(0, getattr(rows, which)) for m, rows in zip(matrices, batch, strict=True)]
-            stacked = exact(torch.stack(parts))
-            found.append(stacked.view(len(batch) * blocks, -1, stacked.shape[2]))
-        return found[0], found[1]
-
-    def _gram_factor(self, rows: _Rows) -> float:
-        count = (len(rows.pruned) + len(rows.kept)) // rows.blocks
-        return 4 * self.gram_weight / {"mean": count * count, "n": count, "sum": 1}[self.gram_scale]
+    def _gram_factor(self, rows: int) -> float:
+        return 4 * self.gram_weight / {"mean": rows * rows, "n": rows, "sum": 1}[self.gram_scale]
 
     def _decay_of(self, rows: _Rows) -> float:
         return self.norm_weight if rows.role == "norm" else self.filter_weight
-
-    def _module(self, rows: _Rows) -> Any:
-        return self._model.get_submodule(rows.path)
-
-    def _parameters(self, rows: _Rows) -> list[tuple[torch.Tensor, int]]:
-        """Weight and bias of a layer, and the dimension in which its outputs lie."""
-        module = self._module(rows)
-        dim = 0 if rows.role == "norm" or kind_of(module)[1] else 1
-        listed = ((module.weight, dim), (module.bias, 0))
-        return [(parameter, dim) for parameter, dim in listed if parameter is not None]
 
 
 def _device_of(module: Any) -> torch.device:
@@ -270,12 +289,38 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _add(
+    parameters: Sequence[torch.Tensor],
+    updates: Sequence[torch.Tensor],
+    place: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+) -> None:
+    """Add updates where `place` says, for parameters that are trained."""
+    trained = [(place(p), update) for p, update in zip(parameters, updates, strict=True) if p.requires_grad]
+    if trained:
+        torch._foreach_add_([where for where, _ in trained], [update for _, update in trained], alpha=scale)
+
+
 def gradient_norm(penalty: Any, strength: float) -> torch.Tensor:
     """The L2 norm of what `add_gradients` of a penalty adds; 0-dim float32 at least."""
     found: dict[torch.Tensor, torch.Tensor] = {}
     with torch.no_grad():
         penalty._add_scaled(strength, lambda parameter: found.setdefault(parameter, torch.zeros_like(parameter)))
     return total_norm(found.values())
+
+
+def _multiply(pruned: torch.Tensor, kept: torch.Tensor, of_pruned: torch.Tensor, of_kept: torch.Tensor) -> None:
+    """Write W_P W^T W and W_K W_P^T W_P, by the Gram matrix of rows or that of columns, whichever takes less."""
+    (p, d), k = pruned.shape[1:], kept.shape[1]
+    if 2 * (p + k) * d < p * (2 * p + 3 * k):
+        of_rows = pruned.mT @ pruned
+        torch.bmm(kept, of_rows, out=of_kept)
+        torch.bmm(pruned, of_rows.baddbmm_(kept.mT, kept), out=of_pruned)
+    else:
+        across = pruned @ kept.mT
+        torch.bmm(across.mT, pruned, out=of_kept)
+        torch.bmm(pruned @ pruned.mT, pruned, out=of_pruned)
+        of_pruned.baddbmm_(across, kept)
 
 
 def _longest_step(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
