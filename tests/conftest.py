@@ -22,6 +22,14 @@ settings.load_profile("default")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Modules whose fixtures start processes stay on one worker, which makes each fixture once."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.name
+        if folder == "distributed" or (folder, name) == ("integration", "test_readme.py"):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 def tiny_vit(**overrides):
     from transformers import ViTConfig, ViTForImageClassification, set_seed
 

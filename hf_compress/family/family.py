@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..hub import Publication, fetch_checkpoint, fetch_manifest, is_repo_id, publish
 from ..patterns import Pattern
+from .join import join
 from .manifest import Manifest, read_manifest, verify_files
 from .variant import Variant
 
@@ -37,6 +38,26 @@ class Family(Manifest):
         if self.repo_id is None:
             return self.folder / chosen.path
         return fetch_checkpoint(self, chosen, self.repo_id, token)
+
+    def add(self, other: str | Path | Family) -> Family:
+        """Add the variants of another family to the folder of this one, such as that of a training with TPP.
+
+        Args:
+            other: a family of the same dense model, or its folder. Its dense checkpoint stays where it is, and its
+                recipe goes into ours under "trained".
+
+        Returns:
+            The family as it is now; this object still shows it as it was.
+
+        Raises:
+            ValueError: for a family without variants, of another task or another size of its dense model, or one with
+                a variant that this one has; for files that differ from their hash, and for families on the Hub.
+        """
+        found = other if isinstance(other, Family) else load_family(other)
+        for family in (self, found):
+            if family.repo_id is not None:
+                raise ValueError(f"{family.repo_id} lies on the Hub; families join in folders: download it first")
+        return load_family(join(self, found))
 
     def push_to_hub(
         self,

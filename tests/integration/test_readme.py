@@ -147,10 +147,52 @@ def test_every_variant_loads_where_hf_compress_cannot_be_imported(workplace):
     assert logits[folders[0]] != logits[folders[1]]
 
 
+# Imports once, then runs every block that it is sent in a process of its own, as `python -c` would.
+FORKING = """
+import json, os, sys, tempfile, traceback
+import hf_compress, torch
+from transformers import AutoModelForImageClassification, AutoTokenizer, Trainer
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            code = 0
+            try:
+                exec(compile(json.loads(line), "README.md", "exec"), {"__name__": "__main__"})
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        output.seek(0)
+        print(json.dumps([status, output.read()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreter(workplace, hub):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        cwd=workplace,
+        env={**os.environ, **hub},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
-def test_python_blocks_run(workplace, hub, block):
-    run([sys.executable, "-c", block], workplace, **hub)
+def test_python_blocks_run(interpreter, block):
+    print(json.dumps(block), file=interpreter.stdin, flush=True)
+    status, output = json.loads(interpreter.stdout.readline())
+    assert status == 0, output
 
 
 @pytest.mark.slow
