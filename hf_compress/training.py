@@ -40,6 +40,8 @@ class CompressionArguments(TrainingArguments):
 
     Args:
         variants: patterns that `build_family` cuts from the trained model, and the command line at the end of a run.
+        remove: cut the filters, neurons and heads of variants out instead of setting them to zero, see `compress`.
+        multiple_of: so many filters or neurons or a multiple stay in every layer, rounded up, where they are cut out.
         include: globs on names of weights that patterns may touch, in place of the default choice.
         exclude: globs on names of weights that patterns must not touch.
         calibration_samples: training samples for the batch-norm statistics of each variant.
@@ -54,6 +56,10 @@ class CompressionArguments(TrainingArguments):
     variants: list[str] | None = field(
         default=None, metadata={"help": "Patterns to cut from the trained model, such as unstructured:0.9 and 2:4."}
     )
+    remove: bool = field(
+        default=False, metadata={"help": "Cut filters, neurons and heads of variants out: smaller layers, no zeros."}
+    )
+    multiple_of: int = field(default=1, metadata={"help": "So many filters or neurons stay, or a multiple."})
     include: list[str] | None = field(
         default=None, metadata={"help": "Globs on names of weights that patterns may touch."}
     )
@@ -80,8 +86,9 @@ class CompressionArguments(TrainingArguments):
             self.variants = list(map(str, parse_patterns(self.variants)))
         if self.push_to_hub and self.hub_revision is not None:
             raise ValueError("hub_revision does not apply: a family has a revision for each variant; leave it out")
-        if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
-            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+        for name in ("calibration_samples", "multiple_of"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         checked = check_eval_patterns(self.eval_patterns or (), self.metric_for_best_model)
         self.eval_patterns = checked if self.eval_patterns is not None else None
 
@@ -218,6 +225,8 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
                 processing_class=self.processing_class,
                 include=self.args.include,
                 exclude=self.args.exclude,
+                remove=self.args.remove,
+                multiple_of=self.args.multiple_of,
                 progress=progress,
             )
         if self.args.push_to_hub:

@@ -58,6 +58,16 @@ def test_default_patterns_come_from_the_arguments(tmp_path):
         make(tmp_path, max_steps=1).build_family()
 
 
+def test_filters_of_variants_are_cut_out(tmp_path):
+    trainer = make(tmp_path, variants=["filters:0.4", "2:4"], max_steps=1, remove=True, multiple_of=4)
+    family = trainer.build_family()
+    assert [v.parameters_removed > 0 for v in family.variants] == [True, False]
+    kept = hfc.load_family(family.folder).path_to("filters:0.4")
+    widths = {m.out_channels for m in type(trainer.model).from_pretrained(kept).modules() if hasattr(m, "out_channels")}
+    assert widths == {8, 12}
+    assert family["filters:0.4"].macs < family.dense.macs  # 5 of 8 are rounded up to 8, and 8 of 12 stay
+
+
 def test_data_without_a_length(tmp_path):
     trainer = make(tmp_path, train=Stream(), max_steps=2)
     trainer.train()

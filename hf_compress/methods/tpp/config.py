@@ -26,7 +26,6 @@ class TPPConfig(CompressionArguments):
         patterns: what is removed: filters:SHARE, neurons:SHARE or heads:SHARE from all layers that can lose them, or
             from those that a glob matches, as in "layer1.*.conv1=filters:0.5"; the last match counts.
         speed_up: multiply all shares by one number, so that the multiplications fall to 1 / speed_up.
-        multiple_of: so many filters or neurons or a multiple stay in every layer, rounded up.
         penalty: "trainability" is TPP. "growing_l2" has its growing decay without the Gram term, "kernel_orthogonality"
             makes the rows of these layers orthonormal instead, "none" trains on; all choose by L1.
         profile: schedule of the penalty, whose parts the next six flags replace: "short" (3,000 steps), "paper"
@@ -54,7 +53,6 @@ class TPPConfig(CompressionArguments):
     speed_up: float | None = field(
         default=None, metadata={"help": "Multiply all shares so that multiplications fall to 1 / speed_up."}
     )
-    multiple_of: int = field(default=1, metadata={"help": "So many filters or neurons stay, or a multiple."})
     penalty: str = field(default="trainability", metadata={"help": f"One of {', '.join(PENALTIES)}."})
     profile: str = field(default="short", metadata={"help": f"Schedule of the penalty: {', '.join(PROFILES)}."})
     grow_steps: int | None = field(default=None, metadata={"help": "Steps until the penalty is at its ceiling."})
@@ -86,8 +84,6 @@ class TPPConfig(CompressionArguments):
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.gram_scale is not None and self.gram_scale not in GRAM_SCALES:
             raise ValueError(f"gram_scale is one of {', '.join(GRAM_SCALES)}, got {self.gram_scale!r}")
-        if type(self.multiple_of) is not int or self.multiple_of < 1:
-            raise ValueError(f"multiple_of is a whole number of at least 1, got {self.multiple_of!r}")
         if type(self.trainability_samples) is not int or self.trainability_samples < 0:
             raise ValueError(f"trainability_samples is a whole number, 0 for none, got {self.trainability_samples!r}")
         of_rates = ("regularize_learning_rate", "dense_learning_rate", "penalty_rate")

@@ -301,7 +301,7 @@ def test_a_training_that_is_stopped_removes_nothing(tmp_path):
         ({"speed_up": 1.0}, "speed_up must be above 1, got 1.0"),
         ({"grow_steps": -1}, "grow_steps is a whole number of at least 0, got -1"),
         ({"ceiling": math.nan}, "ceiling must be a number of at least 0, got nan"),
-        ({"multiple_of": 0}, "multiple_of is a whole number of at least 1, got 0"),
+        ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
         ({"penalty_rate": -1.0}, "penalty_rate must be a number of at least 0, got -1.0"),
         ({"trainability_samples": -1}, "trainability_samples is a whole number, 0 for none, got -1"),
     ],
