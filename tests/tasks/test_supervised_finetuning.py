@@ -227,6 +227,8 @@ def test_the_command_line(name, llama, tmp_path):
     flags = ["--method", name, "--task", "supervised-finetuning", "--model_name_or_path", str(llama)]
     flags += ["--dataset_name", str(data), "--validation_share", "0.25", "--max_steps", "2", "--use_cpu"]
     flags += ["--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"), "--variants", "2:4"]
+    if name == "tpp":
+        flags += ["--patterns", "neurons:0.5", "heads:0.5", "--grow_steps", "2", "--stabilize_steps", "2"]
     assert run(["train", *flags]) == 0
     family = hfc.load_family(tmp_path / "out/_family")
     assert (family.method, family.task) == (name, "supervised-finetuning")

@@ -170,7 +170,10 @@ def _removable(
             raise ValueError(f"{rule} matches no layer with {rule.pattern.name}; there are: {listed or 'none'}")
     if not found:
         reasons = "".join(f"; {path!r} for one: {reason}" for path, reason in list(skipped.items())[:1])
-        raise ValueError(f"{type(model).__name__} has nothing that {', '.join(map(str, rules))} removes{reasons}")
+        raise ValueError(
+            f"{type(model).__name__} has nothing that {', '.join(map(str, rules))} removes{reasons}; filters are of "
+            "convolutions, neurons and heads of transformers"
+        )
     return found, skipped
 
 

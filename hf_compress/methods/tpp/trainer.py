@@ -126,7 +126,7 @@ class TPPMixin(CompressionMixin):
         if phase == self.progress.phase:
             return
         self.progress.phase = phase
-        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model = self.model_wrapped = _without_autocast(self.accelerator.unwrap_model(self.model))
         self.optimizer = self.lr_scheduler = None
         if phase == "regularize":
             self._keep_dense()
@@ -204,6 +204,16 @@ class TPPMixin(CompressionMixin):
         if "loss" in logs:
             logs |= self.regularization.logs(max(0, self.state.global_step - 1))
         super().log(logs, *args, **kwargs)
+
+
+def _without_autocast(model: Any) -> Any:
+    """The model with the forward that it had before Accelerate wrapped it: removal is checked in full precision."""
+    if "_original_forward" in vars(model):
+        del model.forward
+        original = vars(model).pop("_original_forward")
+        if original != model.forward:  # of TRL, which patches the model
+            model.forward = original
+    return model
 
 
 def _progress_in(checkpoint: str) -> dict[str, Any]:

@@ -279,6 +279,17 @@ def test_a_text_model_without_gradients_of_its_inputs(tmp_path):
     assert not any("trainability" in row for row in trainer.state.log_history)
 
 
+def test_in_mixed_precision_removal_is_checked_without_it(tmp_path):
+    """In bfloat16 the smaller model and the one with zeros may differ by rounding."""
+    options = {"patterns": ["neurons:0.5", "heads:0.5"], "bf16": True, "dense_epochs": 1}
+    trainer = train(tmp_path, tiny_vit(), **options)
+    assert trainer.model.vit.layers[0].mlp.fc1.out_features == 12
+    assert "_original_forward" in vars(trainer.model)  # Accelerate has wrapped what is trained
+    assert "forward" not in vars(trainer._dense)
+    family = trainer.build_family()
+    assert family.variants[0].parameters_removed > 0
+
+
 def test_a_training_that_is_stopped_removes_nothing(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
