@@ -8,7 +8,7 @@ from pathlib import Path
 from ..hub import Publication, fetch_checkpoint, fetch_manifest, is_repo_id, publish
 from ..patterns import Pattern
 from .join import join
-from .manifest import Manifest, read_manifest, verify_files
+from .manifest import MANIFEST, Manifest, read_manifest, verify_files
 from .variant import Variant
 
 
@@ -43,21 +43,23 @@ class Family(Manifest):
         """Add the variants of another family to the folder of this one, such as that of a training with TPP.
 
         Args:
-            other: a family of the same dense model, or its folder. Its dense checkpoint stays where it is, and its
-                recipe goes into ours under "trained".
+            other: a family of the same dense model, its folder, or the output folder of the run that made it. Its
+                dense checkpoint stays where it is, and its recipe goes into ours under "trained".
 
         Returns:
-            The family as it is now; this object still shows it as it was.
+            This family, which has them now.
 
         Raises:
             ValueError: for a family without variants, of another task or another size of its dense model, or one with
                 a variant that this one has; for files that differ from their hash, and for families on the Hub.
         """
-        found = other if isinstance(other, Family) else load_family(other)
+        found = other if isinstance(other, Family) else load_family(_family_in(Path(other)))
         for family in (self, found):
             if family.repo_id is not None:
                 raise ValueError(f"{family.repo_id} lies on the Hub; families join in folders: download it first")
-        return load_family(join(self, found))
+        now = load_family(join(read_manifest(self.folder), found))
+        vars(self).update(vars(now))  # it is what lies in its folder
+        return self
 
     def push_to_hub(
         self,
@@ -91,6 +93,12 @@ class Family(Manifest):
             raise ValueError(f"this family lies on the Hub already, in {self.repo_id}; duplicate that repository there")
         verify_files(self.folder, self.files)
         return publish(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+
+def _family_in(folder: Path) -> Path:
+    """A trainer leaves its family in a folder of its output."""
+    inside = folder / "_family"
+    return inside if not (folder / MANIFEST).is_file() and (inside / MANIFEST).is_file() else folder
 
 
 def load_family(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Family:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..patterns import parse_pattern
-from .manifest import Manifest, commit_folder, start_folder, verify_files, write_manifest
+from .manifest import JOINED, Manifest, commit_folder, start_folder, verify_files, write_manifest
 from .plots import plot_family
 from .variant import Variant
 
@@ -28,14 +28,16 @@ def join(family: Manifest, other: Manifest) -> Path:
     target = family.folder.absolute()
     partial = start_folder(target)
     added = tuple(_moved(variant, family.dense) for variant in other.variants)
+    known = family.recipe.get(JOINED)
     recipes = {variant.revision: other.recipe for variant in added}
-    recipe = {**family.recipe, "trained": {**family.recipe.get("trained", {}), **recipes}}
+    recipe = {**family.recipe, JOINED: {**(known if isinstance(known, dict) else {}), **recipes}}
     try:
         for variant in family.checkpoints:
             _copy(family, variant, partial / variant.path)
         for variant, here in zip(other.variants, added, strict=True):
             _copy(other, variant, partial / here.path)
-        joined = replace(family, folder=partial, variants=(*family.variants, *added), recipe=recipe)
+        own = {f.name: getattr(family, f.name) for f in fields(Manifest)}  # not what a family on the Hub has beside
+        joined = Manifest(**{**own, "folder": partial, "variants": (*family.variants, *added), "recipe": recipe})
         plot_family(joined, partial / "plots" / "sparsity")
         write_manifest(joined)
         commit_folder(partial, target)
@@ -56,9 +58,11 @@ def _check(family: Manifest, other: Manifest) -> None:
             f"{other.folder} is of a dense model of {counts[1]} parameters, this family of one of {counts[0]}; only "
             "variants of one model join"
         )
+    taken = {name for variant in family.checkpoints for name in (variant.revision, variant.path)}
     for variant in other.variants:
-        if _revision(variant) in {known.revision for known in family.variants}:
-            raise ValueError(f"this family has a variant {variant.pattern} already; keep one of them")
+        if (name := _revision(variant)) in taken:
+            raise ValueError(f"there is a variant {variant.pattern} already; keep one of them")
+        taken.add(name)
 
 
 def _revision(variant: Variant) -> str:

@@ -17,6 +17,7 @@ from .variant import Variant
 
 MANIFEST = "family.json"
 SCHEMA = 1
+JOINED = "trained"  # key of a recipe: revision to recipe, of variants that have joined from other trainings
 _T = TypeVar("_T")
 
 

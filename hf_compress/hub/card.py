@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..family.manifest import Manifest
+from ..family.manifest import JOINED, Manifest
 from ..family.table import main_metric, table_rows
 from ..family.variant import Variant
 
@@ -20,10 +20,17 @@ _AUTO_CLASSES = {
     "question-answering": "AutoModelForQuestionAnswering",
     "text-classification": "AutoModelForSequenceClassification",
 }
-# How a card says what the training did, for the methods that there are; None did nothing.
+# How a card says what the training did, for the methods that there are; the first ones prepare the dense checkpoint.
+_PREPARING = {
+    "cram": "Trained with CrAM (compression-aware minimizer): every step adds a second gradient, taken at compressed "
+    "weights, so that accuracy survives one-shot pruning.",
+    "sfw": "Trained with SFW (stochastic Frank-Wolfe): weights stay in regions whose vertices are sparse, of few "
+    "filters or of low rank, so that they can be cut to such ones.",
+}
 _METHODS = {
-    "cram": "CrAM (compression-aware minimizer): every step adds a second gradient, taken at compressed weights, so "
-    "that accuracy survives one-shot pruning",
+    **_PREPARING,
+    "tpp": "The trained variants come from the dense checkpoint by TPP (trainability preserving pruning): filters, "
+    "neurons or heads were chosen, made needless by a growing penalty and removed, and the rest was retrained.",
 }
 _EMBEDDED_DATA = ("digits",)
 
@@ -46,7 +53,10 @@ def render_card(manifest: Manifest, repo_id: str) -> str:
         repo_id=repo_id,
         title=repo_id.split("/")[-1],
         manifest=manifest,
+        is_prepared=manifest.method in _PREPARING,
         training=_METHODS.get(manifest.method),
+        made=_made(manifest),
+        joined=_joined(manifest),
         table=_markdown_table(cells),
         plot=next((name for name in manifest.files if name == "plots/sparsity.png"), None),
         metric=metric,
@@ -56,7 +66,7 @@ def render_card(manifest: Manifest, repo_id: str) -> str:
         needs_us=[v for v in manifest.checkpoints if v.loads_with != "transformers"],
         stored_int8=[v for v in manifest.variants if v.storage == "int8"],
         skipped=[v for v in manifest.variants if v.skipped],
-        citation=_citation(manifest.method),
+        citation=_citations(manifest),
     )
     return str(card)
 
@@ -78,7 +88,23 @@ def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str) -> s
 
 def render_recipe(manifest: Manifest) -> str:
     """The recipe of the training, as `hf-compress train` takes it."""
-    return yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True)
+    own = {key: value for key, value in manifest.recipe.items() if key != JOINED}
+    return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+
+
+def _made(manifest: Manifest) -> str:
+    """How many variants were made in which way."""
+    ways = {"one_shot": "compressed in one shot", "trained": "trained"}
+    counts = {way: sum(v.made_by == way for v in manifest.variants) for way in ways}
+    said = [f"{count} {ways[way]}" for way, count in counts.items() if count]
+    return f"{' and '.join(said)} from it" if said else "no variant of it"
+
+
+def _joined(manifest: Manifest) -> dict[str, str]:
+    """Revision to method, of variants that have joined from other trainings."""
+    found = manifest.recipe.get(JOINED)
+    recipes = found.items() if isinstance(found, dict) else ()
+    return {k: str(v.get("method")) for k, v in recipes if isinstance(v, dict) and v.get("method") in _METHODS}
 
 
 def _card_data(manifest: Manifest, repo_id: str, metric: str | None) -> ModelCardData:
@@ -157,6 +183,7 @@ def _is_hub_name(name: str | None) -> bool:
     return name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def _citation(method: str) -> str:
-    path = _TEMPLATES / f"{method}.bib"
-    return path.read_text(encoding="utf-8").strip() if method in _METHODS else ""
+def _citations(manifest: Manifest) -> str:
+    methods = dict.fromkeys([manifest.method, *_joined(manifest).values()])
+    files = [_TEMPLATES / f"{method}.bib" for method in methods if method in _METHODS]
+    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in files)

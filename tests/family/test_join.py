@@ -36,7 +36,9 @@ def families(tmp_path):
 
 def test_a_trained_variant_joins(families):
     one, two = families
+    stale = hfc.load_family(one.folder)
     joined = one.add(two.folder)
+    assert joined is one
     assert [v.pattern for v in joined.variants] == ["unstructured:0.5", "2:4", "filters:0.5"]
     variant = joined["filters:0.5"]
     assert (variant.made_by, variant.metrics, variant.latency) == (
@@ -50,8 +52,13 @@ def test_a_trained_variant_joins(families):
     assert all(torch.equal(v, smaller().state_dict()[n]) for n, v in loaded.state_dict().items())
     assert set(one.files) | {f"filters-0.50/{n}" for n in two.files_of(two.variants[0])} == set(joined.files)
     assert hfc.load_family(two.folder).variants == two.variants
-    again = joined.add(build(one.folder.parent / "three", "filters:0.25"))
+    build(one.folder.parent / "run" / "_family", "filters:0.25")  # as a trainer leaves it
+    stale.add(one.folder.parent / "run")  # reads what has joined meanwhile
+    again = hfc.load_family(one.folder)
+    assert again == stale
     assert list(again.recipe["trained"]) == ["filters-0.50", "filters-0.25"]
+    assert len(again.variants) == 4
+    assert "repo_id" not in json.loads((one.folder / "family.json").read_text())
 
 
 def test_what_does_not_fit_is_refused_by_name(families, tmp_path):
@@ -59,7 +66,7 @@ def test_what_does_not_fit_is_refused_by_name(families, tmp_path):
     before = (one.folder / "family.json").read_text()
     bigger = build(tmp_path / "bigger", "filters:0.5", model=tiny_resnet(hidden_sizes=[8, 16]))
     for other, message in (
-        (build(tmp_path / "same", "2:4"), "this family has a variant 2:4 already"),
+        (build(tmp_path / "same", "2:4"), "there is a variant 2:4 already"),
         (build(tmp_path / "none"), "none has no variants to add"),
         (build(tmp_path / "task", "filters:0.5", task="other"), "is a family of other, this one of image-classificat"),
         (bigger, "is of a dense model of .* parameters, this family of one of"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 import hf_compress as hfc
-from hf_compress.hub.card import render_card, render_variant_card
+from hf_compress.hub.card import render_card, render_recipe, render_variant_card
+from hf_compress.methods.registry import METHODS
 from tests.conftest import tiny_bert, tiny_resnet
 from tests.hub.conftest import run_python
 
@@ -72,6 +75,41 @@ def test_a_trained_family_says_how_and_cites_the_paper(family):
     assert "CrAM" in entry
     assert "2207.14200" in entry
     assert "`int8`, `nm-2of4_int8`) need `pip install compressed-tensors`" in card
+
+
+def test_trained_variants_are_said_to_be_and_their_paper_is_cited(family, tmp_path):
+    smaller = tiny_bert()
+    hfc.compress(smaller, "heads:0.5", remove=True)
+    trained = {"heads:0.5": smaller}
+    recipe = {"method": "tpp", "task": "text-classification"}
+    tpp = hfc.build_family(
+        tiny_bert(), ["2:4"], output_dir=tmp_path / "tpp", method="tpp", recipe=recipe, trained=trained
+    )
+    card = render_card(tpp, "me/tpp")
+    assert "One dense checkpoint and 1 compressed in one shot and 1 trained from it." in card
+    assert "The trained variants come from the dense checkpoint by TPP" in card
+    assert "Not trained for compression" not in card
+    assert blocks(card, "bibtex")[0].count("@") == 1
+    alone = hfc.build_family(
+        tiny_bert(), [], output_dir=tmp_path / "alone", method="tpp", recipe=recipe, trained=trained, task=family.task
+    )
+    shutil.copytree(family.folder, tmp_path / "joined")
+    joined = hfc.load_family(tmp_path / "joined").add(alone)
+    card = render_card(joined, "me/joined")
+    assert "5 compressed in one shot and 1 trained from it" in card
+    assert "`heads-0.50` was trained by another run, with the method `tpp`" in card
+    assert "2207.14200" in card
+    assert "2207.12534" in card
+    assert "trained" not in yaml.safe_load(render_recipe(joined))
+    assert "Where `heads-0.50` is loaded, `import hf_compress` comes before" in card
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_says_what_every_method_did(tmp_path, method):
+    family = hfc.build_family(tiny_resnet(), ["2:4"], output_dir=tmp_path / "family", method=method)
+    card = render_card(family, "me/x")
+    assert "Not trained for compression" not in card
+    assert METHODS[method].paper.removeprefix("arXiv:") in blocks(card, "bibtex")[0]
 
 
 def test_a_model_name_that_is_markup_stays_text(tmp_path):

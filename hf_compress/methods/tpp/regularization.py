@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ class TPPProgress(TrainerCallback, ExportableState):
         pruned: name of a layer to the indices of its outputs that go; empty as long as they are not chosen.
         pattern: which share of what they are.
         speed_up: by how much multiplications fall.
+        is_done: whether the checkpoint that this was read from is the last one of its part.
     """
 
     def __init__(self) -> None:
         self.phase = "dense"
         self.pruned: dict[str, list[int]] = {}
         self.pattern, self.speed_up = "", 1.0
+        self.is_done = False
 
     def state(self) -> dict[str, Any]:
         """As the Trainer writes it into trainer_state.json."""
@@ -42,14 +46,15 @@ class Regularization(TrainerCallback):
 
     Args:
         on_train_begin: called when a training begins; it may call `begin`.
+        on_step_begin: called before every step.
 
     Attributes:
         penalty: None before it begins, and for a method that has none.
         schedule: of its strength.
     """
 
-    def __init__(self, on_train_begin: Callable[[], None]) -> None:
-        self._on_train_begin = on_train_begin
+    def __init__(self, on_train_begin: Callable[[], None], on_step_begin: Callable[[], None]) -> None:
+        self._on_train_begin, self._on_step_begin = on_train_begin, on_step_begin
         self.penalty: TrainabilityPenalty | KernelOrthogonality | None = None
         self.schedule = GrowingSchedule(0, 0)
         self._zeroed: TrainabilityPenalty | None = None
@@ -102,6 +107,10 @@ class Regularization(TrainerCallback):
         """Model and optimizer are as they will be."""
         self._on_train_begin()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All callbacks have begun, and may be given logs."""
+        self._on_step_begin()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer has unscaled and clipped the gradients, which are alike on all ranks."""
         if self.penalty is not None and self._rate is None and (strength := self.strength(state.global_step)):
@@ -120,6 +129,28 @@ class Regularization(TrainerCallback):
     def end(self) -> None:
         """Nothing is added from now on."""
         self.penalty = self._zeroed = None
+
+
+def read_progress(checkpoint: str | Path) -> TPPProgress:
+    """What a checkpoint says about the run; ValueError for one of another method, or one that was edited."""
+    content: Any = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    progress = TPPProgress()
+    try:
+        found = content["stateful_callbacks"][TPPProgress.__name__]
+        attributes = (found[0] if isinstance(found, list) else found)["attributes"]
+        own = {name: attributes[name] for name in ("phase", "pruned", "pattern", "speed_up")}
+        progress.is_done = bool(content["global_step"] >= content["max_steps"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of a TPPTrainer; start without resume_from_checkpoint"
+        ) from error
+    is_indices = isinstance(own["pruned"], dict) and all(
+        isinstance(rows, list) and all(type(row) is int for row in rows) for rows in own["pruned"].values()
+    )
+    if own["phase"] not in ("dense", "regularize", "retrain") or not is_indices or not isinstance(own["pattern"], str):
+        raise ValueError(f"{checkpoint} has a trainer_state.json that no TPPTrainer wrote; take another checkpoint")
+    vars(progress).update(own)
+    return progress
 
 
 def all_layers(model: nn.Module) -> list[str]:

@@ -47,11 +47,11 @@ class GrowingSchedule:
                 raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
         if not 0 <= self.ceiling < float("inf"):
             raise ValueError(f"ceiling must be a number of at least 0, got {self.ceiling!r}")
-        if self.zero_every * self.num_layers > self.stabilize_steps:
+        needed = self.zero_every * self.num_layers + 1
+        if self.zero_every and needed > self.stabilize_steps:
             raise ValueError(
-                f"setting {self.num_layers} layers to zero, one every {self.zero_every} steps, takes "
-                f"{self.zero_every * self.num_layers} steps, more than the {self.stabilize_steps} of stabilize_steps; "
-                "give more, or zero_every=0"
+                f"setting {self.num_layers} layers to zero, one every {self.zero_every} steps, takes {needed} steps, "
+                f"more than the {self.stabilize_steps} of stabilize_steps; give more, or zero_every=0"
             )
 
     @property

@@ -150,15 +150,18 @@ def _removable(
     found: list[_Group] = []
     skipped: dict[str, str] = {}
     used: set[Rule] = set()
+    covered: set[str] = set()  # layers whose outputs go with those of another that was found
     for kind in (Filters, Neurons, Heads):
         own = [rule for rule in rules if isinstance(rule.pattern, kind)]
         for makers in _makers(targets, kind) if own else ():
             meant = [rule for rule in own if _matches(rule, makers)]
             used.update(meant)
-            if not meant or not meant[-1].pattern.share:
+            if not meant or not meant[-1].pattern.share or makers[0][0] in covered:
                 continue
             try:
-                found.append(_group(makers, meant[-1].pattern, belonging, targets, stay))
+                group = _group(makers, meant[-1].pattern, belonging, targets, stay)
+                found.append(group)
+                covered |= {line.path for line in group.lines if line.part == "outputs"}
             except ValueError as reason:
                 if meant[-1].glob is not None:
                     raise ValueError(f"{meant[-1]} names a layer that keeps its shape: {reason}") from reason

@@ -11,24 +11,25 @@ from torch import nn
 from ...calibration import in_eval_mode, like_parameters
 
 
-def mean_jacobian_singular_value(model: nn.Module, inputs: Any) -> float:
+def mean_jacobian_singular_value(model: nn.Module, inputs: Any, max_outputs: int | None = None) -> float:
     """The mean over samples of all singular values of the Jacobian; 1 would pass gradients on unchanged.
 
     Args:
         model: see `jacobian_singular_values`.
         inputs: one batch, see there, or an iterable of batches.
+        max_outputs: see there.
 
     Raises:
         ValueError: without a batch.
     """
     batches = [inputs] if isinstance(inputs, (torch.Tensor, Mapping)) else inputs
-    values = [jacobian_singular_values(model, batch).flatten() for batch in batches]
+    values = [jacobian_singular_values(model, batch, max_outputs).flatten() for batch in batches]
     if not values:
         raise ValueError("inputs are empty; give a batch, or an iterable of batches")
     return float(torch.cat(values).mean())
 
 
-def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
+def jacobian_singular_values(model: nn.Module, inputs: Any, max_outputs: int | None = None) -> torch.Tensor:
     """Singular values of d outputs / d inputs for every sample, (samples, min(outputs, inputs)), in descending order.
 
     The model runs in eval mode, so that samples do not mix and no statistics change; no gradient of a parameter and no
@@ -38,9 +39,10 @@ def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
         model: its output is a tensor (samples, ...), or has one as `logits`.
         inputs: a floating-point tensor (samples, ...), or a mapping of keyword arguments with one as `pixel_values` or
             `inputs_embeds`.
+        max_outputs: of one sample; None for any number.
 
     Raises:
-        ValueError: for inputs without a gradient, such as token ids.
+        ValueError: for inputs without a gradient, such as token ids, or a model of more outputs.
 
     Source: Saxe et al., arXiv:1312.6120; Wang and Fu, arXiv:2207.12534, section 4.
     """
@@ -60,8 +62,11 @@ def jacobian_singular_values(model: nn.Module, inputs: Any) -> torch.Tensor:
         if output is None:
             raise ValueError(f"{type(model).__name__} gives neither a tensor nor logits")
         outputs = output.flatten(1)
-        rows = [
-            torch.autograd.grad(outputs[:, i].sum(), at, retain_graph=i + 1 < outputs.shape[1])[0].flatten(1)
-            for i in range(outputs.shape[1])
-        ]
-    return torch.linalg.svdvals(torch.stack(rows, 1).double())
+        count = outputs.shape[1]
+        if max_outputs is not None and count > max_outputs:
+            raise ValueError(f"the Jacobian would take a backward pass for each of {count} outputs")
+        jacobians = at.new_empty(len(at), count, at[0].numel())
+        for i in range(count):
+            (row,) = torch.autograd.grad(outputs[:, i].sum(), at, retain_graph=i + 1 < count)
+            jacobians[:, i] = row.flatten(1)
+    return torch.stack([torch.linalg.svdvals(jacobian.double()) for jacobian in jacobians.detach()])

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, Trainer
+from transformers import EarlyStoppingCallback, SchedulerType, Trainer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ...checkpoints import last_checkpoint
 from ...distributed import run_on_main
 from ...oneshot import merged_on_disk
+from ...patterns import distinct_patterns
 from ...structure import remove, write_description
 from ...targets import find_targets
 from ...training import CompressionMixin
 from ...training_data import TrainingBatches, generators_kept
 from .config import TPPConfig
-from .regularization import Regularization, TPPProgress, all_layers
+from .penalty import TrainabilityPenalty
+from .regularization import Regularization, TPPProgress, all_layers, read_progress
 from .selection import Selection, select
 from .trainability import mean_jacobian_singular_value
 
 logger = logging.get_logger(__name__)
 
 # The parts of a run in their order, and the folder of their checkpoints inside `output_dir`.
+_MAX_OUTPUTS = 2000  # for each, the Jacobian takes a backward pass
 PHASES = {"dense": "dense", "regularize": "regularized", "retrain": "."}
 
 
@@ -46,6 +51,8 @@ class TPPMixin(CompressionMixin):
     progress: TPPProgress
     regularization: Regularization
     _dense: Any = None
+    _has_begun = False
+    _stopped_at = 0
     _first_logs: dict[str, float | None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,39 +66,66 @@ class TPPMixin(CompressionMixin):
             )
         self.progress = TPPProgress()
         self.add_callback(self.progress)
-        self.regularization = Regularization(self._on_train_begin)
+        self.regularization = Regularization(self._on_train_begin, self._on_step_begin)
         self.add_callback(self.regularization)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, for all parts of the run; True finds the last whole checkpoint of the last of them.
 
+        Trackers see one training after the other, each from step 0.
+
         Raises:
-            ValueError: under FSDP and DeepSpeed, for patterns that remove nothing or not exactly, or as
+            ValueError: under FSDP and DeepSpeed, for weights in half precision, for patterns that remove nothing or not
+                exactly (tried on a copy before anything is trained), if this object has trained before, or as
                 `CompressionMixin.train`.
         """
         self._refuse_what_hides_rows()
-        self.args.schedule(len(all_layers(self.model)))  # a wrong one fails before anything is trained
+        if self._has_begun:
+            raise ValueError(
+                "a TPPTrainer trains once, for its model becomes another one; make a new TPPTrainer with the model at "
+                "the start, and pass resume_from_checkpoint=True to go on"
+            )
         checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        if checkpoint:
-            self._take_over(checkpoint)
+        progress = read_progress(checkpoint) if checkpoint else None
+        if progress is None or progress.phase == "dense":
+            self._try_out()
+        self._has_begun = True
         own, output = self.args, None
         history: list[dict[str, float]] = []
+        if checkpoint and progress is not None:
+            vars(self.progress).update(vars(progress))
+            checkpoint = self._take_over(checkpoint, progress.is_done)
         try:
             for phase in list(PHASES)[list(PHASES).index(self.progress.phase) :]:
+                if progress is not None and phase == progress.phase and checkpoint is None:
+                    continue  # it is done
                 self._begin(phase)
                 self.args = _arguments_of(phase, own)
                 if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
                     continue
-                output = super().train(checkpoint, *args, **kwargs)
+                with self._early_stopping(phase == "retrain"):
+                    output = super().train(checkpoint, *args, **kwargs)
                 history += self.state.log_history
                 checkpoint = None
-                if self.state.global_step < self.state.max_steps and phase != "retrain":
-                    logger.warning(f"The training was stopped in step {self.state.global_step}; nothing is removed.")
+                if phase == "regularize" and self.state.global_step < self.state.max_steps:
+                    self._stopped_at = self.state.global_step
+                    logger.warning(f"The regularization was stopped in step {self._stopped_at}; nothing is removed.")
                     break
         finally:
             self.args = own
         self.state.log_history = history
         return output
+
+    @contextmanager
+    def _early_stopping(self, is_wanted: bool) -> Iterator[None]:
+        """Metrics fall while rows shrink, which is no reason to stop."""
+        callbacks = self.callback_handler.callbacks
+        kept = [] if is_wanted else [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
+        self.callback_handler.callbacks = [each for each in callbacks if each not in kept]
+        try:
+            yield
+        finally:
+            self.callback_handler.callbacks += kept
 
     def _refuse_what_hides_rows(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -100,6 +134,25 @@ class TPPMixin(CompressionMixin):
                 f"TPP multiplies all rows of a layer with each other, and {name} deals them to the processes; launch "
                 "it with DistributedDataParallel (DDP): accelerate launch --multi_gpu"
             )
+        half = (p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype.itemsize < 4)
+        if (dtype := next(half, None)) is not None:
+            raise ValueError(
+                f"weights are {dtype}, which rounds the small steps of TPP away; load the model with "
+                "dtype=torch.float32, and set bf16=True for mixed precision"
+            )
+
+    def _try_out(self) -> None:
+        """What would fail later fails now, on a copy: the choice, the penalty, the removal, names of variants."""
+        self.args.schedule(len(all_layers(self.model)))
+
+        def tried() -> str:
+            found, copied = self._selected(), cpu_copy(self.model)
+            inputs = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self._sample().items()}
+            TrainabilityPenalty(copied, found.pruned, inputs)
+            remove(copied, found.pruned, inputs)
+            return found.pattern
+
+        distinct_patterns([run_on_main(tried), *(self.args.variants or ())])
 
     def _last_checkpoint(self) -> str | None:
         found = (self._last_of(phase) for phase in reversed(PHASES))
@@ -108,56 +161,61 @@ class TPPMixin(CompressionMixin):
     def _last_of(self, phase: str) -> str | None:
         return last_checkpoint(Path(str(self.args.output_dir)) / PHASES[phase], self.args.world_size)
 
-    def _take_over(self, checkpoint: str) -> None:
-        """Be in the part of the run that a checkpoint is of; the Trainer loads its weights afterwards."""
-        self.progress.__dict__.update(_progress_in(checkpoint))
-        if self.progress.phase == "dense":
-            return
-        if self.args.dense_epochs:
-            if (dense := self._last_of("dense")) is None:
-                raise ValueError(f"{checkpoint} goes on from a dense model that is not in {self.args.output_dir}/dense")
-            self._load_from_checkpoint(dense)
-        self._keep_dense()
-        if self.progress.phase == "retrain":
+    def _take_over(self, checkpoint: str, is_done: bool) -> str | None:
+        """Be in the part of the run that a checkpoint is of.
+
+        Returns:
+            The checkpoint, whose weights the Trainer loads; None where that part was done, and they are loaded here.
+        """
+        phase = self.progress.phase
+        if phase != "dense":
+            if self.args.dense_epochs:
+                if (dense := self._last_of("dense")) is None:
+                    folder = f"{self.args.output_dir}/dense"
+                    raise ValueError(f"{checkpoint} goes on from a dense model that is not in {folder}")
+                self._load_from_checkpoint(dense)
+            self._dense = cpu_copy(self.model)
+        if phase == "retrain":
             self._remove()
+        elif is_done:
+            self._load_from_checkpoint(checkpoint)
+            self._load_rng_state(checkpoint)
+            return None
+        return checkpoint
 
     def _begin(self, phase: str) -> None:
         """What happens before a part of the run, unless it was begun already."""
         if phase == self.progress.phase:
             return
-        self.progress.phase = phase
-        self.model = self.model_wrapped = _without_autocast(self.accelerator.unwrap_model(self.model))
+        self.model = self.model_wrapped = _unprepared(self.accelerator.unwrap_model(self.model))
         self.optimizer = self.lr_scheduler = None
         if phase == "regularize":
-            self._keep_dense()
+            self._dense = cpu_copy(self.model)
             self._choose()
             self._first_logs = {"trainability": self.trainability(), "speed_up": self.progress.speed_up}
         else:
             before = self.trainability()
             self._remove()
             self._first_logs = {"trainability_before_removal": before, "trainability": self.trainability()}
+        self.progress.phase = phase
+
+    def _selected(self) -> Selection:
+        args, model = self.args, self.model
+        reasons = merged_on_disk(model, find_targets(model, include=["*"]))
+        sizes = args.speed_up, args.multiple_of
+        return select(model, args.patterns, self._sample(), *sizes, args.include, args.exclude, reasons)
 
     def _choose(self) -> None:
         """Which rows go, from the weights as they are now."""
-        args, model = self.args, self.model
-
-        def chosen() -> Selection:
-            reasons = merged_on_disk(model, find_targets(model, include=["*"]))
-            sizes = args.speed_up, args.multiple_of
-            return select(model, args.patterns, self._sample(), *sizes, args.include, args.exclude, reasons)
-
-        found: Selection = run_on_main(chosen)
+        found: Selection = run_on_main(self._selected)
         for path, reason in found.skipped.items():
             logger.info(f"{path} keeps its shape: {reason}")
         self.progress.pruned, self.progress.pattern = found.pruned, found.pattern
         self.progress.speed_up = round(found.speed_up, 4)
 
-    def _keep_dense(self) -> None:
-        self._dense = copy.deepcopy(self.model).cpu()
-
     def _remove(self) -> None:
         self.regularization.end()
-        remove(self.model, self.progress.pruned or {}, self._sample())
+        remove(self.model, self.progress.pruned, self._sample())
         write_description(self.model)
 
     def _sample(self, count: int = 2) -> dict[str, Any]:
@@ -174,8 +232,9 @@ class TPPMixin(CompressionMixin):
         if not self.args.trainability_samples:
             return None
         try:
-            return mean_jacobian_singular_value(self.model, self._sample(self.args.trainability_samples))
-        except ValueError as reason:
+            inputs = self._sample(self.args.trainability_samples)
+            return mean_jacobian_singular_value(self.model, inputs, max_outputs=_MAX_OUTPUTS)
+        except (ValueError, torch.OutOfMemoryError) as reason:
             logger.info(f"no mean Jacobian singular value: {reason}")
             return None
 
@@ -184,20 +243,24 @@ class TPPMixin(CompressionMixin):
 
     def _whole_model(self) -> Any:
         if self._dense is None or self.progress.phase != "retrain":
-            raise ValueError("nothing has been removed yet: call train() first")
+            stopped = f": the regularization was stopped in step {self._stopped_at}" if self._stopped_at else " yet"
+            raise ValueError(f"nothing has been removed{stopped}; call train() first")
         return self._dense.to(self.args.device)
 
     def _on_train_begin(self) -> None:
         """When model and optimizer of a part of the run are ready."""
         callbacks = self.callback_handler.callbacks  # the Trainer may have read this one from a checkpoint
         self.progress = next(each for each in callbacks if isinstance(each, TPPProgress))
-        logs = {name: value for name, value in self._first_logs.items() if value is not None}
         if self.progress.phase == "regularize":
             pruned, inputs = self.progress.pruned, self._sample()
-            logs["e_folds"] = self.regularization.begin(self.model, self.args, pruned, inputs, self.optimizer)
+            e_folds = self.regularization.begin(self.model, self.args, pruned, inputs, self.optimizer)
+            self._first_logs["e_folds"] = e_folds
+
+    def _on_step_begin(self) -> None:
+        logs = {name: value for name, value in self._first_logs.items() if value is not None}
+        self._first_logs = {}
         if logs and not self.state.global_step:
             self.log(logs)
-        self._first_logs = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds strength and norm of the penalty in the step before."""
@@ -206,8 +269,23 @@ class TPPMixin(CompressionMixin):
         super().log(logs, *args, **kwargs)
 
 
-def _without_autocast(model: Any) -> Any:
-    """The model with the forward that it had before Accelerate wrapped it: removal is checked in full precision."""
+def cpu_copy(model: Any) -> Any:
+    """A copy of the model on the CPU, without what Accelerate and TRL have bound to the original."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    bound = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        vars(model).update(bound)
+
+
+def _unprepared(model: Any) -> Any:
+    """The model as it was before Accelerate: removal is checked in full precision, and it can be prepared again."""
+    vars(model).pop("_is_accelerate_prepared", None)
     if "_original_forward" in vars(model):
         del model.forward
         original = vars(model).pop("_original_forward")
@@ -216,24 +294,15 @@ def _without_autocast(model: Any) -> Any:
     return model
 
 
-def _progress_in(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint says about the run; ValueError for one of another method."""
-    content = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    found = (content.get("stateful_callbacks") or {}).get(TPPProgress.__name__)
-    found = found[0] if isinstance(found, list) else found
-    if not found:
-        raise ValueError(f"{checkpoint} is no checkpoint of a TPPTrainer; start without resume_from_checkpoint")
-    own: dict[str, Any] = found["attributes"]
-    return own
-
-
 def _arguments_of(phase: str, args: TPPConfig) -> TPPConfig:
     """What the Trainer is told in one part of the run."""
     own = copy.copy(args)
     own.output_dir = str(Path(str(args.output_dir)) / PHASES[phase])
     if phase == "retrain":
         return own
-    own.load_best_model_at_end = False
+    own.load_best_model_at_end, own.metric_for_best_model = False, None
+    if own.save_strategy == SaveStrategy.BEST:
+        own.save_strategy = SaveStrategy(IntervalStrategy(own.eval_strategy).value)
     if phase == "dense":
         own.num_train_epochs, own.max_steps = args.dense_epochs, -1
         own.learning_rate = args.learning_rate if args.dense_learning_rate is None else args.dense_learning_rate

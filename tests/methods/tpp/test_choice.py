@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import hf_compress  # noqa: F401  # registers the nets of the papers
 from hf_compress.cli.recipes import packaged, read_recipe
 from hf_compress.family.footprint import count_macs
-from hf_compress.methods.tpp import select
+from hf_compress.methods.tpp import TrainabilityPenalty, select
 from hf_compress.structure import remove
 from tests.conftest import tiny_resnet
 from tests.structure.conftest import SIZES, gpt2, llama, timm_vit
@@ -88,6 +88,19 @@ def test_counts(count, percent):
     assert len(found) == min(-(-percent * count // 100), math.floor(0.995 * count))
     magnitudes = model[0].weight.detach().double().abs().flatten()
     assert magnitudes[found].max() <= magnitudes[[i for i in range(count) if i not in set(found)]].min()
+
+
+def test_a_group_with_depthwise_convolutions_and_gates_is_chosen_once():
+    """Any of its layers would name it; what falls is what the smaller model multiplies."""
+    model = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
+    images = torch.randn(1, 3, 32, 32)
+    dense_macs = count_macs(model, {"x": images})
+    found = select(model, ["filters:0.5"], images)
+    assert not any(path.endswith(("conv_dw", "conv_expand")) for path in found.pruned)
+    penalty = TrainabilityPenalty(model, found.pruned, images)
+    assert penalty.values()["gram"] > 0
+    assert remove(model, found.pruned, images) > 0
+    assert dense_macs / count_macs(model, {"x": images}) == pytest.approx(found.speed_up, rel=1e-6)
 
 
 def test_equal_scores_go_by_position():

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, EarlyStoppingCallback, TrainerCallback
 
 import hf_compress as hfc
 from hf_compress.methods.tpp import GrowingSchedule
@@ -158,7 +158,8 @@ def test_the_log_and_the_shapes(tmp_path):
         ("dense/checkpoint-3", {"dense_epochs": 2}),
         ("regularized/checkpoint-4", {"dense_epochs": 1}),
         ("regularized/checkpoint-10", {}),
-        ("regularized/checkpoint-12", {}),
+        ("regularized/checkpoint-13", {"stabilize_steps": 5}),  # the last, within an epoch
+        ("dense/checkpoint-2", {"dense_epochs": 0.5}),
         ("checkpoint-2", {}),
         ("checkpoint-2", {"dense_epochs": 1, "restore_callback_states_from_checkpoint": True}),
     ],
@@ -267,7 +268,7 @@ def test_a_family_of_the_dense_model_and_the_smaller_one(tmp_path):
 
 
 def test_a_family_before_the_training_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing has been removed yet: call train"):
+    with pytest.raises(ValueError, match="nothing has been removed yet; call train"):
         make(tmp_path).build_family()
 
 
@@ -279,15 +280,62 @@ def test_a_text_model_without_gradients_of_its_inputs(tmp_path):
     assert not any("trainability" in row for row in trainer.state.log_history)
 
 
-def test_in_mixed_precision_removal_is_checked_without_it(tmp_path):
+def test_all_parts_train_in_mixed_precision_and_removal_is_checked_without_it(tmp_path):
     """In bfloat16 the smaller model and the one with zeros may differ by rounding."""
-    options = {"patterns": ["neurons:0.5", "heads:0.5"], "bf16": True, "dense_epochs": 1}
-    trainer = train(tmp_path, tiny_vit(), **options)
+    found = []
+
+    class Watching(hfc.TPPTrainer):
+        def training_step(self, *args, **kwargs):
+            with self.model.get_submodule("vit.layers.0.mlp.fc1").register_forward_hook(
+                lambda module, inputs, output: found.append((self.progress.phase, output.dtype))
+            ):
+                return super().training_step(*args, **kwargs)
+
+    args = config(tmp_path, patterns=["neurons:0.5", "heads:0.5"], bf16=True, dense_epochs=1)
+    trainer = Watching(model=tiny_vit(), args=args, train_dataset=image_samples(), eval_dataset=image_samples())
+    trainer.train()
+    assert set(found) == {(phase, torch.bfloat16) for phase in ("dense", "regularize", "retrain")}
     assert trainer.model.vit.layers[0].mlp.fc1.out_features == 12
-    assert "_original_forward" in vars(trainer.model)  # Accelerate has wrapped what is trained
     assert "forward" not in vars(trainer._dense)
-    family = trainer.build_family()
-    assert family.variants[0].parameters_removed > 0
+    assert trainer.build_family().variants[0].parameters_removed > 0
+
+
+def test_a_second_training_of_one_object_is_refused(tmp_path):
+    """The model that it has is not the one at the start any more."""
+    trainer = train(tmp_path, save_strategy="steps", save_steps=4)
+    for resume in (None, True):
+        with pytest.raises(
+            ValueError, match="a TPPTrainer trains once, .* make a new TPPTrainer with the model at the s"
+        ):
+            trainer.train(resume_from_checkpoint=resume)
+
+
+def test_early_stopping_waits_for_the_retraining(tmp_path):
+    """A metric that falls from the first evaluation on; nothing is evaluated before the second step."""
+    falling = iter(range(100, 0, -1))
+    args = config(
+        tmp_path,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer = hfc.TPPTrainer(
+        model=tiny_resnet(),
+        args=args,
+        train_dataset=image_samples(),
+        eval_dataset=image_samples(),
+        compute_metrics=lambda _: {"score": next(falling)},
+        callbacks=[EarlyStoppingCallback(3)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.model.get_submodule(f"{BLOCKS[0]}.convolution").out_channels == 4
+    assert len(list((tmp_path / "regularized").glob("checkpoint-*"))) == 12
 
 
 def test_a_training_that_is_stopped_removes_nothing(tmp_path):
@@ -299,6 +347,8 @@ def test_a_training_that_is_stopped_removes_nothing(tmp_path):
     trainer.add_callback(Stop())
     trainer.train()
     assert trainer.model.get_submodule(f"{BLOCKS[0]}.convolution").out_channels == 8
+    with pytest.raises(ValueError, match="nothing has been removed: the regularization was stopped in step 5"):
+        trainer.build_family()
 
 
 @pytest.mark.parametrize(
@@ -323,13 +373,38 @@ def test_wrong_settings_are_named(tmp_path, options, message):
 
 
 def test_what_does_not_fit_the_model_is_named_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="setting 7 layers to zero, one every 100 steps, takes 700 steps, more than"):
-        train(tmp_path, zero_every=100, stabilize_steps=699)
+    with pytest.raises(ValueError, match="setting 7 layers to zero, one every 100 steps, takes 701 steps, more than"):
+        train(tmp_path, zero_every=100, stabilize_steps=700)
     with pytest.raises(ValueError, match="matches no layer with filters"):
         train(tmp_path, patterns=["conv9=filters:0.5"])
+    with pytest.raises(ValueError, match=r"filters:0.5 and filters:0.5 have the same revision filters-0.50"):
+        train(tmp_path, variants=["filters:0.5"], dense_epochs=1)
+    with pytest.raises(ValueError, match=r"weights are torch.bfloat16, which rounds the small steps of TPP away"):
+        train(tmp_path, tiny_resnet().bfloat16())
+    assert not list(tmp_path.glob("**/checkpoint-*"))
     optimizers = torch.optim.SGD(tiny_resnet().parameters(), 0.1), None
     with pytest.raises(ValueError, match="TPP makes new parameters, which an optimizer or scheduler that is passed"):
         hfc.TPPTrainer(model=tiny_resnet(), args=config(tmp_path), train_dataset=image_samples(), optimizers=optimizers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"phase": "prune"},
+        {"pruned": {f"{BLOCKS[0]}.convolution": ["0"]}},
+        {"pruned": [1]},
+        {"pattern": 5},
+        {"state": 1, "phase": None},
+    ],
+)
+def test_a_state_that_was_edited_is_refused(tmp_path, changes):
+    train(tmp_path, save_strategy="steps", save_steps=4)
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["TPPProgress"]["attributes"].update(changes)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="checkpoint-4 has a trainer_state.json that no TPPTrainer wrote"):
+        make(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
