@@ -50,9 +50,13 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
         gone = [share_removed(v, family.dense) or v.sparsity for v in others]
         x, y = [100 * share for share in gone], [v.metrics[metric] for v in others]
         name = "N:M" if all(v.revision.startswith("nm-") for v in others) else "other patterns"
+        name = "trained" if is_trained else name
         axes.plot(x, y, color=_POINT, marker="D", markersize=6, linestyle="none", label=name, zorder=3)
         for variant, right, top in zip(others, x, y, strict=True):
             axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
+    axes.margins(y=0.15)  # room for the names below their points
+    if shrinks:
+        axes.set_xlim(0, 100)
     zeros = "zeros in the compressed weights, "
     axes.set_xlabel(f"{zeros}or parameters removed, %" if shrinks else f"{zeros}%", color=_INK)
     axes.set_ylabel(metric.replace("_", " "), color=_INK)
