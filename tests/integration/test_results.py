@@ -138,3 +138,21 @@ def test_the_speed_of_answers_is_that_of_the_result():
     assert f"{times:.0f} times faster than by transformers' example" in README
     assert result["equal_answers"] == result["questions"]
     assert min(result["example_over"].values()) >= 1
+
+
+def test_speeds_of_smaller_models_are_those_of_the_result():
+    cases = result_of("removed_speed")["cases"]
+    for name, found in cases.items():
+        speeds = [found["promised"], found["eager"]["speed_up"], found["onnxruntime"]["speed_up"]]
+        assert f"| {name} | {' | '.join(f'{speed:.2f} x' for speed in speeds)} |" in README
+        assert found["eager"]["kept"] >= (0.8 if "ResNet" in name else 0.7)
+    assert len(cases) == 3
+
+
+def test_costs_of_the_penalty_are_those_of_the_result():
+    cases = result_of("tpp_cost")["cases"]
+    for name, found in cases.items():
+        ratios = [f"{found[key]:.1f} x" for key in ("autograd_over_closed", "target_over_closed")]
+        assert f"| {name} | {' | '.join(ratios)} | {100 * found['closed_over_training']:.1f} % |" in README
+        assert found["target_over_closed"] >= 2.5
+    assert len(cases) == 4
