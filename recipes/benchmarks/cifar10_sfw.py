@@ -16,7 +16,6 @@ folder, so that the script goes on where it was interrupted; --part 1/2 and --pa
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from digits import facts, mean, paired
-from kept import QUIET, all_kept
+from kept import QUIET, all_kept, parser
 from safetensors.torch import load_file
 from transformers import set_seed
 
@@ -61,13 +60,10 @@ SEEDS = (0, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
-    parser.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
-    parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
+    flags.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
+    options = flags.parse_args()
     measure = functools.partial(run, data=options.data, weights=options.weights)
     tuning = all_kept(options.runs, [s for arm in grids().values() for s in arm], measure, options.part)
     arms = chosen(tuning)

@@ -15,7 +15,6 @@ folder, so that the script goes on where it was interrupted; --part 1/2 and --pa
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from digits import facts
-from kept import QUIET, all_kept
+from kept import QUIET, all_kept, parser
 from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, set_seed
 
@@ -58,13 +57,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
-    parser.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
-    parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
+    flags.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
+    options = flags.parse_args()
     measure = functools.partial(run, data=options.data, weights=options.weights)
     tuning = all_kept(options.runs, tuned(), measure, options.part)
     runs = all_kept(options.runs, final(chosen(tuning)), measure, options.part)
@@ -186,7 +182,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     """Accuracies at the start of each part, and the mean Jacobian singular values; from the log."""
     log = trainer.state.log_history
     starts = [row["eval_points"] for row in log if "eval_points" in row and row["step"] == 0]
-    values = {k: round(v, 4) for row in log for k, v in row.items() if k.startswith("trainability") and k in row}
+    values = {k: round(v, 4) for row in log for k, v in row.items() if k.startswith("trainability")}
     first = next((row["trainability"] for row in log if "trainability" in row), None)
     return {
         "after_removal": round(starts[-1], 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,6 +22,15 @@ QUIET: dict[str, Any] = {
     "dataloader_pin_memory": False,
     "use_cpu": True,
 }
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flags of a script whose runs are kept."""
+    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
+    flags.add_argument("--part", default="1/1", help="of the runs, for several processes")
+    flags.add_argument("--output", type=Path, required=True)
+    return flags
 
 
 def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], measures: bool = True) -> Run | None:

@@ -16,7 +16,6 @@ between two processes. --data is a folder with train.parquet and validation.parq
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from digits import facts
-from kept import QUIET, all_kept
+from kept import QUIET, all_kept, parser
 from transformers import set_seed
 
 import hf_compress as hfc
@@ -60,15 +59,12 @@ SEEDS = (0, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of MiniLM-L6")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
-    parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--train_samples", type=int, default=DATA["max_train_samples"], help="for a trial")
-    parser.add_argument("--eval_samples", type=int, help="for a trial")
-    options = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--model", required=True, help="folder of MiniLM-L6")
+    flags.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
+    flags.add_argument("--train_samples", type=int, default=DATA["max_train_samples"], help="for a trial")
+    flags.add_argument("--eval_samples", type=int, help="for a trial")
+    options = flags.parse_args()
     data = {**DATA, "max_train_samples": options.train_samples, "max_eval_samples": options.eval_samples}
     runs = [{"arm": arm, **ARMS[arm], "seed": seed, "data": data} for seed in SEEDS for arm in ARMS]
     measure = functools.partial(run, model=options.model, folder=options.data)

@@ -201,6 +201,10 @@ def test_commands_run_as_printed(workplace, hub, command):
     output = run(command, workplace, OMP_NUM_THREADS="1", **hub)
     if "accelerate launch" in command:
         assert "cram on 2 processes" in output
+    if command.endswith("digits_tpp"):
+        removed, accuracy = re.search(r"^filters:0.5 +([\d.]+) % +[\d.]+ % +([\d.]+)", output, re.M).groups()
+        assert float(removed) > 40
+        assert float(accuracy) > 0.96
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

@@ -208,3 +208,12 @@ def test_a_net_that_does_not_say_its_size_is_tried_on_images_of_any():
 def test_other_patterns_are_not_removed():
     with pytest.raises(ValueError, match="filters:SHARE, neurons:SHARE and heads:SHARE can; 2:4 writes zeros"):
         hfc.compress(make(bert), "2:4", remove=True)
+
+
+def test_weights_in_half_precision():
+    """The check is as strict: on a CPU zeros are added in float32, which rounds nothing away."""
+    torch.manual_seed(0)
+    model = with_statistics("resnet18").bfloat16()
+    plan = {f"layer{i}.0.conv1": list(range(20)) for i in range(1, 5)}
+    assert remove(model, plan, IMAGES) > 0
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

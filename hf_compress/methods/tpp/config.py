@@ -24,7 +24,7 @@ class TPPConfig(CompressionArguments):
 
     Args:
         patterns: what is removed: filters:SHARE, neurons:SHARE or heads:SHARE from all layers that can lose them, or
-            from those that a glob matches, as in "layer1.*.conv1=filters:0.5"; the last match counts.
+            from those that a glob matches, as in "*layer1.*.conv1=filters:0.5"; the last match counts.
         speed_up: multiply all shares by one number, so that the multiplications fall to 1 / speed_up.
         penalty: "trainability" is TPP. "growing_l2" has its growing decay without the Gram term, "kernel_orthogonality"
             makes the rows of these layers orthonormal instead, "none" trains on; all choose by L1.
@@ -48,7 +48,7 @@ class TPPConfig(CompressionArguments):
 
     patterns: list[str] = field(
         default_factory=lambda: ["filters:0.5"],
-        metadata={"help": "What is removed, such as filters:0.5 or layer1.*.conv1=filters:0.5."},
+        metadata={"help": "What is removed, such as filters:0.5 or *layer1.*.conv1=filters:0.5."},
     )
     speed_up: float | None = field(
         default=None, metadata={"help": "Multiply all shares so that multiplications fall to 1 / speed_up."}

@@ -27,14 +27,12 @@ class TPPProgress(TrainerCallback, ExportableState):
         pruned: name of a layer to the indices of its outputs that go; empty as long as they are not chosen.
         pattern: which share of what they are.
         speed_up: by how much multiplications fall.
-        is_done: whether the checkpoint that this was read from is the last one of its part.
     """
 
     def __init__(self) -> None:
         self.phase = "dense"
         self.pruned: dict[str, list[int]] = {}
         self.pattern, self.speed_up = "", 1.0
-        self.is_done = False
 
     def state(self) -> dict[str, Any]:
         """As the Trainer writes it into trainer_state.json."""
@@ -131,15 +129,19 @@ class Regularization(TrainerCallback):
         self.penalty = self._zeroed = None
 
 
-def read_progress(checkpoint: str | Path) -> TPPProgress:
-    """What a checkpoint says about the run; ValueError for one of another method, or one that was edited."""
+def read_progress(checkpoint: str | Path) -> tuple[TPPProgress, bool]:
+    """What a checkpoint says about the run, and whether it is the last one of its part.
+
+    Raises:
+        ValueError: for a checkpoint of another method, or one that was edited.
+    """
     content: Any = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     progress = TPPProgress()
     try:
         found = content["stateful_callbacks"][TPPProgress.__name__]
         attributes = (found[0] if isinstance(found, list) else found)["attributes"]
         own = {name: attributes[name] for name in ("phase", "pruned", "pattern", "speed_up")}
-        progress.is_done = bool(content["global_step"] >= content["max_steps"])
+        is_done = bool(content["global_step"] >= content["max_steps"])
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{checkpoint} is no checkpoint of a TPPTrainer; start without resume_from_checkpoint"
@@ -150,7 +152,7 @@ def read_progress(checkpoint: str | Path) -> TPPProgress:
     if own["phase"] not in ("dense", "regularize", "retrain") or not is_indices or not isinstance(own["pattern"], str):
         raise ValueError(f"{checkpoint} has a trainer_state.json that no TPPTrainer wrote; take another checkpoint")
     vars(progress).update(own)
-    return progress
+    return progress, is_done
 
 
 def all_layers(model: nn.Module) -> list[str]:

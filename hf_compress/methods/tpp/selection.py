@@ -19,7 +19,7 @@ from ...structure import Belonging, Line, find_coupled_targets, reasons_to_stay
 from ...structure.dependencies import call
 from ...targets import Groups, Target, kind_of, unwrap
 
-_FORMS = "filters:SHARE, neurons:SHARE or heads:SHARE, alone or behind a glob on layers, such as layer1.*=filters:0.5"
+_FORMS = "filters:SHARE, neurons:SHARE or heads:SHARE, alone or behind a glob on layers, such as *layer1.*=filters:0.5"
 _MOST = Decimal("0.995")  # of the rows of a layer go at most, as published
 
 
@@ -37,7 +37,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """From "filters:0.5" or "layer1.*.conv1=filters:0.5"; ValueError names the forms."""
+        """From "filters:0.5" or "*layer1.*.conv1=filters:0.5"; ValueError names the forms."""
         glob, equals, name = text.rpartition("=") if isinstance(text, str) else ("", "", text)
         pattern: Pattern = parse_pattern(name)
         if not isinstance(pattern, Grouped) or (equals and not glob):

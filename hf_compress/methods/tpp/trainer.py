@@ -29,8 +29,8 @@ from .trainability import mean_jacobian_singular_value
 
 logger = logging.get_logger(__name__)
 
-# The parts of a run in their order, and the folder of their checkpoints inside `output_dir`.
 _MAX_OUTPUTS = 2000  # for each, the Jacobian takes a backward pass
+# The parts of a run in their order, and the folder of their checkpoints inside `output_dir`.
 PHASES = {"dense": "dense", "regularize": "regularized", "retrain": "."}
 
 
@@ -79,14 +79,14 @@ class TPPMixin(CompressionMixin):
                 exactly (tried on a copy before anything is trained), if this object has trained before, or as
                 `CompressionMixin.train`.
         """
-        self._refuse_what_hides_rows()
+        self._refuse_what_does_not_fit()
         if self._has_begun:
             raise ValueError(
                 "a TPPTrainer trains once, for its model becomes another one; make a new TPPTrainer with the model at "
                 "the start, and pass resume_from_checkpoint=True to go on"
             )
         checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        progress = read_progress(checkpoint) if checkpoint else None
+        progress, is_done = read_progress(checkpoint) if checkpoint else (None, False)
         if progress is None or progress.phase == "dense":
             self._try_out()
         self._has_begun = True
@@ -94,7 +94,7 @@ class TPPMixin(CompressionMixin):
         history: list[dict[str, float]] = []
         if checkpoint and progress is not None:
             vars(self.progress).update(vars(progress))
-            checkpoint = self._take_over(checkpoint, progress.is_done)
+            checkpoint = self._take_over(checkpoint, is_done)
         try:
             for phase in list(PHASES)[list(PHASES).index(self.progress.phase) :]:
                 if progress is not None and phase == progress.phase and checkpoint is None:
@@ -127,7 +127,7 @@ class TPPMixin(CompressionMixin):
         finally:
             self.callback_handler.callbacks += kept
 
-    def _refuse_what_hides_rows(self) -> None:
+    def _refuse_what_does_not_fit(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             name = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
