@@ -29,6 +29,7 @@ _PUBLIC = {
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
     "tasks.spans": ("Answer", "answer"),
     "methods.sfw": ("SFW", "SFWConfig", "SFWMixin", "SFWTrainer", "create_sfw"),
+    "methods.lilnetx": ("LilNetXConfig", "LilNetXMixin", "LilNetXTrainer", "bake", "rate_bits", "reparametrize"),
     "methods.tpp": ("TPPConfig", "TPPMixin", "TPPTrainer", "TrainabilityPenalty", "mean_jacobian_singular_value"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
     from .methods.cram import CrAMConfig as CrAMConfig
     from .methods.cram import CrAMMixin as CrAMMixin
     from .methods.cram import CrAMTrainer as CrAMTrainer
+    from .methods.lilnetx import LilNetXConfig as LilNetXConfig
+    from .methods.lilnetx import LilNetXMixin as LilNetXMixin
+    from .methods.lilnetx import LilNetXTrainer as LilNetXTrainer
+    from .methods.lilnetx import bake as bake
+    from .methods.lilnetx import rate_bits as rate_bits
+    from .methods.lilnetx import reparametrize as reparametrize
     from .methods.sfw import SFW as SFW
     from .methods.sfw import SFWConfig as SFWConfig
     from .methods.sfw import SFWMixin as SFWMixin

@@ -1,10 +1,13 @@
-"""Checkpoints of the Trainer: which are whole, and which is the last."""
+"""Checkpoints of the Trainer: which are whole, which is the last, and copies of a model for them."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,3 +35,17 @@ def last_checkpoint(folder: str | Path, world_size: int) -> str | None:
             return str(path)
         logger.warning(f"The save of {path} was interrupted; an earlier checkpoint is resumed.")
     return None
+
+
+def cpu_copy(model: Any) -> Any:
+    """A copy of the model on the CPU, without what Accelerate and TRL have bound to the original."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    bound = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        vars(model).update(bound)

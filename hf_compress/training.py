@@ -22,6 +22,7 @@ from .compressed_evaluation import CompressedEvaluationMixin, check_eval_pattern
 from .distillation import DistillationMixin
 from .distributed import run_on_main
 from .family import Family, Variant, build_family
+from .family.storage import check_storage
 from .patterns import Pattern, parse_patterns
 from .targets import find_targets
 from .training_data import TrainingBatches, generators_kept
@@ -42,6 +43,7 @@ class CompressionArguments(TrainingArguments):
         variants: patterns that `build_family` cuts from the trained model, and the command line at the end of a run.
         remove: cut the filters, neurons and heads of variants out instead of setting them to zero, see `compress`.
         multiple_of: so many filters or neurons or a multiple stay in every layer, rounded up, where they are cut out.
+        storage: of variants: "coded" for entropy-coded ones, "dense" for plain tensors; by default what fits.
         include: globs on names of weights that patterns may touch, in place of the default choice.
         exclude: globs on names of weights that patterns must not touch.
         calibration_samples: training samples for the batch-norm statistics of each variant.
@@ -60,6 +62,9 @@ class CompressionArguments(TrainingArguments):
         default=False, metadata={"help": "Cut filters, neurons and heads of variants out: smaller layers, no zeros."}
     )
     multiple_of: int = field(default=1, metadata={"help": "So many filters or neurons stay, or a multiple."})
+    storage: str | None = field(
+        default=None, metadata={"help": "Of variants: coded (entropy-coded whole numbers) or dense; else what fits."}
+    )
     include: list[str] | None = field(
         default=None, metadata={"help": "Globs on names of weights that patterns may touch."}
     )
@@ -84,6 +89,7 @@ class CompressionArguments(TrainingArguments):
         super().__post_init__()
         if self.variants is not None:
             self.variants = list(map(str, parse_patterns(self.variants)))
+        check_storage(self.storage, parse_patterns(self.variants or []))
         if self.push_to_hub and self.hub_revision is not None:
             raise ValueError("hub_revision does not apply: a family has a revision for each variant; leave it out")
         for name in ("calibration_samples", "multiple_of"):
@@ -227,6 +233,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBas
                 exclude=self.args.exclude,
                 remove=self.args.remove,
                 multiple_of=self.args.multiple_of,
+                storage=self.args.storage,
                 progress=progress,
             )
         if self.args.push_to_hub:

@@ -12,9 +12,10 @@ from typing import Any
 from ..family import build_family
 from ..family.build import save_checkpoint
 from ..family.manifest import commit_folder, start_folder
-from ..family.storage import changes_shapes
+from ..family.storage import STORAGES, changes_shapes, check_storage
+from ..oneshot import CompressionReport
 from ..oneshot import compress as compress_model
-from ..patterns import parse_pattern
+from ..patterns import Pattern, parse_pattern
 from ..structure import describe
 from .table import VariantPrinter
 
@@ -37,22 +38,13 @@ _TOKENIZER_FILES = (
 
 def compress(argv: Sequence[str]) -> None:
     """Compress a checkpoint: one pattern gives a checkpoint, several give a family."""
-    parser = argparse.ArgumentParser(
-        prog="hf-compress compress",
-        description="Compress any checkpoint of transformers or timm in one shot, without training.",
-    )
-    parser.add_argument("model", help="folder or Hub id of a transformers or timm checkpoint")
-    parser.add_argument("--pattern", action="append", required=True, help="such as unstructured:0.8 or 2:4; repeatable")
-    parser.add_argument("--output_dir", required=True, help="a new folder; several patterns may replace a family")
-    parser.add_argument("--include", nargs="+", help="globs on names of weights to compress")
-    parser.add_argument("--exclude", nargs="+", help="globs on names of weights to leave alone")
-    parser.add_argument("--remove", action="store_true", help="cut filters, neurons and heads out, not only zero them")
-    parser.add_argument("--multiple_of", type=int, default=1, help="with --remove: widths are rounded up to a multiple")
-    parser.add_argument("--revision", help="of a Hub checkpoint")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     patterns = [parse_pattern(p) for p in args.pattern]
+    if not patterns and args.storage != "dense":
+        raise ValueError("no --pattern: give one, such as --pattern unstructured:0.8, or --storage dense alone")
+    check_storage(args.storage, patterns)
     target = Path(args.output_dir).absolute()
-    if len(patterns) == 1:
+    if len(patterns) < 2:
         _check_empty(target)
     model, processing_class = load_checkpoint(args.model, args.revision)
     if len(patterns) > 1:
@@ -66,27 +58,62 @@ def compress(argv: Sequence[str]) -> None:
             exclude=args.exclude,
             remove=args.remove,
             multiple_of=args.multiple_of,
+            storage=args.storage,
             progress=printer,
         )
         printer.finish(family)
         return
-    partial = start_folder(target)
-    try:
-        _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
-        remove = args.remove or changes_shapes(patterns[0])
-        report = compress_model(model, patterns[0], args.include, args.exclude, remove, args.multiple_of)
-        save_checkpoint(model, processing_class, partial, patterns[0], args.include, args.exclude)
-        commit_folder(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    report = _write_one(model, processing_class, patterns[0] if patterns else None, target, args)
+    if report is None:
+        print(f"saved {args.output_dir}: plain tensors")
+        return
     for name, reason in report.skipped.items():
         print(f"left dense: {name}, {reason}")
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
     if report.parameters_removed:
-        needs_us = "; it loads after `import hf_compress`" if describe(model) else ""
-        share = f"{report.parameters_removed} parameters removed{needs_us}"
-    print(f"saved {args.output_dir}: {report.pattern}, {share}")
+        share = f"{report.parameters_removed} parameters removed"
+    needs_us = "; it loads after `import hf_compress`" if args.storage == "coded" or describe(model) else ""
+    print(f"saved {args.output_dir}: {report.pattern}, {share}{needs_us}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-compress compress",
+        description="Compress any checkpoint of transformers or timm in one shot, without training.",
+    )
+    parser.add_argument("model", help="folder or Hub id of a transformers or timm checkpoint")
+    parser.add_argument("--pattern", action="append", default=[], help="such as unstructured:0.8 or 2:4; repeatable")
+    parser.add_argument("--output_dir", required=True, help="a new folder; several patterns may replace a family")
+    parser.add_argument("--include", nargs="+", help="globs on names of weights to compress")
+    parser.add_argument("--exclude", nargs="+", help="globs on names of weights to leave alone")
+    parser.add_argument("--remove", action="store_true", help="cut filters, neurons and heads out, not only zero them")
+    parser.add_argument("--multiple_of", type=int, default=1, help="with --remove: widths are rounded up to a multiple")
+    parser.add_argument(
+        "--storage",
+        choices=STORAGES,
+        help="coded: entropy-coded codes of intB patterns; dense: plain tensors, without --pattern of any checkpoint",
+    )
+    parser.add_argument("--revision", help="of a Hub checkpoint")
+    return parser
+
+
+def _write_one(
+    model: Any, processing_class: Any, pattern: Pattern | None, target: Path, args: Any
+) -> CompressionReport | None:
+    """Compress a model and save it; without pattern the checkpoint is saved as it is, in plain tensors."""
+    partial = start_folder(target)
+    report = None
+    try:
+        _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
+        if pattern is not None:
+            remove = args.remove or changes_shapes(pattern, storage=args.storage)
+            report = compress_model(model, pattern, args.include, args.exclude, remove, args.multiple_of)
+        save_checkpoint(model, processing_class, partial, pattern, args.include, args.exclude, args.storage)
+        commit_folder(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
 
 
 def _check_empty(target: Path) -> None:

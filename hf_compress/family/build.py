@@ -27,7 +27,7 @@ from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
 from .manifest import Manifest, commit_folder, start_folder, write_manifest
 from .plots import plot_family
-from .storage import changes_shapes, count_scales, load_model, save_model
+from .storage import changes_shapes, check_storage, count_scales, load_model, save_model
 from .variant import Variant
 
 Evaluate = Callable[[Any], Mapping[str, Any]]
@@ -50,6 +50,7 @@ def build_family(
     exclude: Sequence[str] | None = None,
     remove: bool = False,
     multiple_of: int = 1,
+    storage: str | None = None,
     trained: Mapping[str, Any] | None = None,
     progress: Callable[[Variant], None] | None = None,
 ) -> Family:
@@ -76,7 +77,9 @@ def build_family(
         exclude: globs on names, see `find_targets`.
         remove: cut filters, neurons and heads out, see `compress`; other patterns are what they are without it.
         multiple_of: see `compress`.
-        trained: pattern to model, of variants that were trained rather than cut; of the class of `model`.
+        storage: of variants: "coded" for entropy-coded ones of few bits, "dense" for plain tensors, None for what fits.
+        trained: pattern to model, of variants that were trained rather than cut; of the class of `model`, with latents
+            where LilNetX trained it.
         progress: called with every variant when it is done, the dense checkpoint first.
 
     Raises:
@@ -96,11 +99,12 @@ def build_family(
     json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
     made = {parse_pattern(pattern): unwrap(variant) for pattern, variant in (trained or {}).items()}
     cut = distinct_patterns([*made, *patterns])
+    check_storage(storage, cut)
     target = Path(output_dir).absolute()
     partial = run_on_main(lambda: start_folder(target))
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
-    job.remove, job.multiple_of = remove, multiple_of
+    job.remove, job.multiple_of, job.storage = remove, multiple_of, storage
     try:
         checkpoints: list[Variant] = []
         with _without_progress_bars():
@@ -135,6 +139,7 @@ class _Job:
     exclude: Sequence[str] | None = None
     remove: bool = False
     multiple_of: int = 1
+    storage: str | None = None
 
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None, trained: Any = None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
@@ -153,7 +158,7 @@ class _Job:
             path=name,
             made_by="one_shot" if pattern and trained is None else "trained",
             storage=storage,
-            loads_with=_loads_with(loaded),
+            loads_with="hf_compress" if storage == "coded" else _loads_with(loaded),
             metrics=metrics,
             sparsity=report.sparsity,
             skipped=report.skipped,
@@ -169,13 +174,15 @@ class _Job:
         is_cut = pattern is not None and trained is None
         model = self._load("dense") if is_cut else self.model if pattern is None else trained
         if pattern is not None and is_cut:
-            remove = changes_shapes(pattern, self.remove)
+            remove = changes_shapes(pattern, self.remove, self.storage)
             sizes = (self.multiple_of, self.example_inputs) if remove else ()
             report = compress(model, pattern, self.include, self.exclude, remove, *sizes)
             if self.calibration_data is not None:
                 recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
         folder = self.folder / name
-        storage = save_checkpoint(model, self.processing_class, folder, pattern, self.include, self.exclude)
+        kind = self.storage if pattern is not None else None
+        options = kind, self.example_inputs if self.remove else None
+        storage = save_checkpoint(model, self.processing_class, folder, pattern, self.include, self.exclude, *options)
         if not is_cut:  # a share of 0 changes nothing and counts the zeros
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
         return report, storage
@@ -198,6 +205,8 @@ def save_checkpoint(
     pattern: Pattern | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    storage: str | None = None,
+    example_inputs: Any = None,
 ) -> str:
     """Save a model, in integers or factors if it can be (see `save_model`), and its tokenizer or image processor.
 
@@ -208,7 +217,7 @@ def save_checkpoint(
         OSError: if the disk is full.
     """
     try:
-        storage = save_model(model, folder, pattern, include, exclude)
+        storage = save_model(model, folder, pattern, include, exclude, storage, example_inputs)
     except SafetensorError as error:  # which is no OSError, whatever the system said
         raise OSError(f"cannot write {folder}: {error}") from error
     if processing_class is not None:

@@ -40,14 +40,14 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
     dense = family.dense.metrics[metric]
     curve = sorted((v for v in variants if v.revision.startswith("unstructured")), key=lambda v: v.sparsity)
     others = [v for v in variants if v not in curve]
-    shrinks = any(v.parameters_removed for v in variants)
+    shrinks, is_coded = any(v.parameters_removed for v in variants), any(v.storage == "coded" for v in variants)
     is_trained = all(v.made_by == "trained" for v in variants)
     axes.axhline(dense, color=_QUIET, linestyle=(0, (4, 3)), linewidth=1.2, label=f"dense, {dense:.3f}", zorder=1)
     if curve:
         x, y = [100 * v.sparsity for v in curve], [v.metrics[metric] for v in curve]
         axes.plot(x, y, color=_LINE, marker="o", markersize=5, linewidth=2, label="unstructured", zorder=2)
     if others:
-        gone = [share_removed(v, family.dense) or v.sparsity for v in others]
+        gone = [_saved(v, family.dense) for v in others]
         x, y = [100 * share for share in gone], [v.metrics[metric] for v in others]
         name = "N:M" if all(v.revision.startswith("nm-") for v in others) else "other patterns"
         name = "trained" if is_trained else name
@@ -55,10 +55,9 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
         for variant, right, top in zip(others, x, y, strict=True):
             axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
     axes.margins(y=0.15)  # room for the names below their points
-    if shrinks:
+    if shrinks or is_coded:
         axes.set_xlim(0, 100)
-    zeros = "zeros in the compressed weights, "
-    axes.set_xlabel(f"{zeros}or parameters removed, %" if shrinks else f"{zeros}%", color=_INK)
+    axes.set_xlabel(_name_of_shares(curve, shrinks, is_coded), color=_INK)
     axes.set_ylabel(metric.replace("_", " "), color=_INK)
     made = "Trained beside the dense checkpoint" if is_trained else "Cut in one shot from one dense checkpoint"
     axes.set_title(f"{made} ({family.method})", loc="left", color=_INK, fontsize=11)
@@ -66,3 +65,17 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="lower left")
+
+
+def _saved(variant: Variant, dense: Variant) -> float:
+    """What a variant no longer has: bytes where they are coded, else parameters, else weights that are not zero."""
+    if variant.storage == "coded":
+        return max(0.0, 1 - variant.bytes / dense.bytes)
+    return share_removed(variant, dense) or variant.sparsity
+
+
+def _name_of_shares(curve: list[Variant], shrinks: bool, is_coded: bool) -> str:
+    names = ["zeros in the compressed weights"] if curve or not is_coded else []
+    names += ["parameters removed"] if shrinks else []
+    names += ["bytes saved by coding"] if is_coded else []
+    return f"{', or '.join(names)}, %"

@@ -1,8 +1,8 @@
-"""How a checkpoint's bytes are written: dense as it is, in factors, or with its linear weights as integers of 8 bits.
+"""How a checkpoint's bytes are written: dense as it is, in factors, as integers of 8 bits, or entropy-coded.
 
-Layers in two factors are named in config.json, and loaded where hf_compress is imported. Integers are written in the
-format `int-quantized` of compressed-tensors, which transformers reads by itself: for each weight int8 codes under its
-own name, and a column of scales under `weight_scale`.
+Layers in two factors and coded weights are named in config.json, and loaded where hf_compress is imported. Integers of
+8 bits are written in the format `int-quantized` of compressed-tensors, which transformers reads by itself: for each
+weight of a Linear layer int8 codes under its own name, and a column of scales under `weight_scale`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patterns import Chain, Grouped, LowRank, Pattern, Quantized
+from ..patterns import Coded, Grouped, LowRank, Pattern, Quantized
 from ..patterns.quantized import quantize
 from ..structure import factored_layers
 from ..targets import Target, find_targets
+from .coded import has_latents, last_part, save_coded
 
+STORAGES = ("dense", "coded")  # that can be asked for; factors and integers of 8 bits are taken where they fit
 _FORMAT = "int-quantized"
 
 
@@ -34,6 +36,8 @@ def save_model(
     pattern: Pattern | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    storage: str | None = None,
+    example_inputs: Any = None,
 ) -> str:
     """Save a model, in integers if it has been compressed to them and if transformers reads them back exactly.
 
@@ -43,14 +47,22 @@ def save_model(
         pattern: to which the model has been compressed, None for none.
         include: globs that it was compressed with.
         exclude: globs that it was compressed with.
+        storage: "coded", which a model with latents always is, "dense" for plain tensors, None for what fits.
+        example_inputs: see `save_coded`.
 
     Returns:
-        The storage: "factored", "int8" or "dense".
+        The storage: "factored", "int8", "coded" or "dense".
+
+    Raises:
+        ValueError: as `save_coded`.
     """
+    if storage == "coded" or has_latents(model):
+        save_coded(model, folder, pattern, include, exclude, example_inputs)
+        return "coded"
     if any(factored_layers(model)):
         model.save_pretrained(folder)
         return "factored"
-    weights = integer_weights(model, pattern, include, exclude)
+    weights = integer_weights(model, pattern, include, exclude) if storage is None else {}
     if weights:
         _save_int8(model, weights, folder)
         if _reads_back(model, folder):
@@ -61,14 +73,26 @@ def save_model(
     return "dense"
 
 
-def changes_shapes(pattern: Pattern, remove: bool = False) -> bool:
+def changes_shapes(pattern: Pattern, remove: bool = False, storage: str | None = None) -> bool:
     """Whether a variant of this pattern is stored in smaller shapes: whether `compress` is to `remove`.
 
     Args:
         pattern: of the variant.
-        remove: whether filters, neurons and heads are to be cut out; ranks always are.
+        remove: whether filters, neurons and heads are to be cut out; ranks are unless the storage is "dense".
+        storage: see `save_model`.
     """
-    return isinstance(pattern, LowRank) or (remove and isinstance(pattern, Grouped))
+    return (isinstance(pattern, LowRank) and storage != "dense") or (remove and isinstance(pattern, Grouped))
+
+
+def check_storage(storage: str | None, patterns: Sequence[Pattern]) -> None:
+    """ValueError for a storage that is none, or that one of the patterns does not have."""
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(f"storage is one of {', '.join(STORAGES)}, got {storage!r}")
+    for pattern in patterns if storage == "coded" else ():
+        if not isinstance(pattern, Coded) and not isinstance(last_part(pattern), Quantized):
+            raise ValueError(
+                f"storage coded is for whole numbers, which {pattern} does not give; add int8, as in {pattern}+int8"
+            )
 
 
 def integer_weights(
@@ -83,8 +107,7 @@ def integer_weights(
     another. One convolution beside them, the patch embedding of a vision transformer, is no obstacle; it stays dense
     with its rounded values.
     """
-    last = pattern.parts[-1] if isinstance(pattern, Chain) else pattern
-    if last != Quantized(8):
+    if last_part(pattern) != Quantized(8):
         return {}
     targets = find_targets(model, include, exclude)
     kinds = Counter(t.kind for t in targets.values())

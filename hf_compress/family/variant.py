@@ -15,7 +15,8 @@ class Variant:
         revision: name of its git revision, and of its folder in the family.
         path: its folder, relative to the family's.
         made_by: "one_shot" (cut from the dense checkpoint) or "trained".
-        storage: how its bytes are written: "dense", or "int8" (compressed-tensors, `pip install compressed-tensors`).
+        storage: how its bytes are written: "dense", "factored", "int8" (compressed-tensors,
+            `pip install compressed-tensors`) or "coded" (entropy-coded whole numbers).
         loads_with: "transformers", or "hf_compress" where that must be imported first.
         metrics: what `evaluate` gave for the checkpoint as it was loaded back from disk; None where it was not finite.
         bytes: of all files in the folder.

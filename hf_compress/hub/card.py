@@ -31,6 +31,8 @@ _METHODS = {
     **_PREPARING,
     "tpp": "The trained variants come from the dense checkpoint by TPP (trainability preserving pruning): filters, "
     "neurons or heads were chosen, made needless by a growing penalty and removed, and the rest was retrained.",
+    "lilnetx": "Trained with LilNetX: weights are decoded from whole numbers whose entropy is part of the loss. The "
+    "dense checkpoint and the coded one have the same weights; the coded file takes a few bits for each of them.",
 }
 _EMBEDDED_DATA = ("digits",)
 
@@ -141,7 +143,7 @@ def _result(manifest: Manifest, variant: Variant, metric: str, value: float, dat
 def _tags(manifest: Manifest) -> list[str]:
     own = [manifest.method] if manifest.method in _METHODS else []
     parts = [part for v in manifest.variants for part in str(v.pattern).split("+")]
-    kinds = {"quantization" if part.startswith("int") else "sparsity" for part in parts}
+    kinds = {"quantization" if part.startswith(("int", "lilnetx")) else "sparsity" for part in parts}
     timm = ["timm"] if _config(manifest).get("model_type") == "timm_wrapper" else []
     return ["hf_compress", "compression-aware", *own, *sorted(kinds), *timm]
 

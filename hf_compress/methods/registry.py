@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..training import CompressionArguments, CompressionMixin
 from .cram import CrAMConfig, CrAMMixin, CrAMTrainer
+from .lilnetx import LilNetXConfig, LilNetXMixin, LilNetXTrainer
 from .sfw import SFWConfig, SFWMixin, SFWTrainer
 from .tpp import TPPConfig, TPPMixin, TPPTrainer
 
@@ -85,6 +86,14 @@ METHODS = {
             TPPTrainer,
             "arXiv:2207.12534",
             "filters, neurons or heads that are chosen, made needless and removed: a smaller, faster model",
+        ),
+        Method(
+            "lilnetx",
+            LilNetXConfig,
+            LilNetXMixin,
+            LilNetXTrainer,
+            "arXiv:2204.02965",
+            "weights decoded from whole numbers whose entropy is part of the loss: a file of a few bits per weight",
         ),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Pattern, distinct_patterns, parse_pattern, parse_patterns
 from .chain import Chain
+from .coded import Coded
 from .groups import Filters, Grouped, Heads, Neurons
 from .low_rank import LowRank
 from .n_m import NM
@@ -13,6 +14,7 @@ from .unstructured import Unstructured
 __all__ = [
     "NM",
     "Chain",
+    "Coded",
     "Filters",
     "Grouped",
     "Heads",

@@ -15,6 +15,7 @@ from .factored import (
     factored_layers,
     reasons_to_stay,
 )
+from .needless import needless_outputs
 from .plan import example_inputs, plan_removal
 from .removal import remove
 
@@ -30,6 +31,7 @@ __all__ = [
     "factor",
     "factored_layers",
     "find_coupled_targets",
+    "needless_outputs",
     "plan_removal",
     "reasons_to_stay",
     "rebuild",

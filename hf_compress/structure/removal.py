@@ -28,6 +28,7 @@ HEAD_ATTRIBUTES = (
     "attn_dim",  # timm
     "split_size",  # GPT-2
 )
+_ROUNDING = 1e-6  # of the largest output, for sums of other zeros
 _TOLERANCE = 1e-4  # of the largest output, for one forward pass in the type of the weights
 
 
@@ -179,6 +180,15 @@ def _heads(model: nn.Module, lines: Lines) -> list[tuple[nn.Module, dict[str, in
     return list(found.values())
 
 
+def is_unmissed(model: nn.Module, lines: Lines, inputs: Any) -> bool:
+    """Whether a model in eval mode gives out the same when nobody reads what the lines remove; it is not changed."""
+    with in_eval_mode(model):
+        own = _output(model, inputs)
+        with _zeros(model, lines, parts=("inputs",)):
+            found = _output(model, inputs)
+    return bool((found - own).abs().max() <= _ROUNDING * own.abs().max())
+
+
 @contextmanager
 def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
     """Compare outputs with zeros and outputs of smaller layers; where they differ, the model gets everything back."""
@@ -210,12 +220,12 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _zeros(model: nn.Module, lines: Lines) -> Iterator[None]:
-    """What the lines remove is zero inside, but inputs, which read zeros then."""
+def _zeros(model: nn.Module, lines: Lines, parts: Sequence[str] = ("outputs", "norm")) -> Iterator[None]:
+    """What the lines remove of these parts is zero inside; inputs read zeros where outputs are."""
     places = []
     for (path, part), indices in lines.items():
         module: Any = model.get_submodule(path)
-        if part != "inputs":
+        if part in parts:
             for name, dim in _tensors_of(module, part):
                 if isinstance(getattr(module, name), nn.Parameter):
                     places.append((getattr(module, name), dim, torch.tensor(indices)))

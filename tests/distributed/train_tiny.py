@@ -46,6 +46,10 @@ class TPPRecorder(Recording, hfc.TPPTrainer):
     pass
 
 
+class LilNetXRecorder(Recording, hfc.LilNetXTrainer):
+    pass
+
+
 class Sharding:
     """Accelerate enters FSDP from GPU-like launches only; a test on the CPU has to pretend."""
 
@@ -63,6 +67,10 @@ class SFWSharded(Sharding, SFWRecorder):
 
 
 class TPPSharded(Sharding, TPPRecorder):
+    pass
+
+
+class LilNetXSharded(Sharding, LilNetXRecorder):
     pass
 
 
@@ -110,6 +118,9 @@ def main():
     if options.method == "tpp":
         short = {"grow_steps": 4, "grow_every": 1, "stabilize_steps": 4}
         config_class, method = hfc.TPPConfig, {"patterns": ["neurons:0.5", "heads:0.5"], **short}
+    if options.method == "lilnetx":
+        method = {"rate_weight": 0.3, "slice_weight": 0.1, "rate_latents": 400, "include": ["*vit.*"]}
+        config_class, method = hfc.LilNetXConfig, {**method, "linear_slice": 4}
     args = config_class(
         output_dir=str(options.output_dir),
         max_steps=options.max_steps,
@@ -128,6 +139,7 @@ def main():
         **sharding,
     )
     kinds = {"cram": (Recorder, Sharded), "sfw": (SFWRecorder, SFWSharded), "tpp": (TPPRecorder, TPPSharded)}
+    kinds["lilnetx"] = LilNetXRecorder, LilNetXSharded
     trainer = kinds[options.method][options.fsdp](
         model=model,
         args=args,
@@ -137,7 +149,9 @@ def main():
         callbacks=[Pause(options.pause_after_save)],
     )
     trainer.only_last = options.only_last
-    if options.only_rank_0:  # the penalty reaches one process alone
+    if options.only_rank_0 and options.method == "lilnetx":  # noise of its own on every process
+        args.seed += trainer.accelerator.process_index
+    elif options.only_rank_0:  # the penalty reaches one process alone
         trainer.regularization.strength = lambda step: float(trainer.accelerator.process_index == 0)
     if options.bucket_view:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

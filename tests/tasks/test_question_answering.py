@@ -213,6 +213,19 @@ def test_neurons_and_heads_are_removed(bert, files, tmp_path, capsys):
     assert sum(p.numel() for p in loaded.parameters()) == variant.parameters < family.dense.parameters
 
 
+def test_the_coded_checkpoint_answers_as_the_dense_one_does(bert, files, tmp_path, capsys):
+    data = ["--train_file", files["train_file"], "--eval_file", files["eval_file"]]
+    model = ["--model_name_or_path", bert, "--output_dir", str(tmp_path / "out"), "--half_rest", "false"]
+    assert run(["train", "bert_base_squad_lilnetx", *data, *model, *FAST.split()]) == 0, capsys.readouterr().err
+    family = hfc.load_family(tmp_path / "out" / "_family")
+    coded, dense = family["lilnetx"], family.dense
+    assert coded.storage == "coded"
+    assert coded.bytes < dense.bytes
+    assert coded.metrics == dense.metrics
+    states = [AutoModelForQuestionAnswering.from_pretrained(family.path_to(v)).state_dict() for v in (coded, dense)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
 def test_sparse_fine_tuning_keeps_every_zero(bert, files, tmp_path, capsys):
     model = AutoModelForQuestionAnswering.from_pretrained(bert)
     hfc.compress(model, "unstructured:0.8")

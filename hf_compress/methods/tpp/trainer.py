@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, SchedulerType, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ...checkpoints import last_checkpoint
+from ...checkpoints import cpu_copy, last_checkpoint
 from ...distributed import run_on_main
 from ...oneshot import merged_on_disk
 from ...patterns import distinct_patterns
@@ -267,20 +267,6 @@ class TPPMixin(CompressionMixin):
         if "loss" in logs:
             logs |= self.regularization.logs(max(0, self.state.global_step - 1))
         super().log(logs, *args, **kwargs)
-
-
-def cpu_copy(model: Any) -> Any:
-    """A copy of the model on the CPU, without what Accelerate and TRL have bound to the original."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        copied = tensor.detach().to("cpu", copy=True)
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
-    bound = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
-    try:
-        return copy.deepcopy(model, memo)
-    finally:
-        vars(model).update(bound)
 
 
 def _unprepared(model: Any) -> Any:
