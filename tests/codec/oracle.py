@@ -5,6 +5,8 @@ It shares no code with the package: one list of values, no numpy, no constrictio
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import struct
 import zlib
@@ -59,14 +61,14 @@ def groups(data):
 
 def symbols(words, frequencies, count):
     """The symbols of a chunk."""
-    starts = [256 * sum(frequencies[:s]) for s in range(len(frequencies) + 1)]
+    starts = list(itertools.accumulate((256 * f for f in frequencies[:-1]), initial=0))
     words, state = list(words), 0
     for _ in range(min(2, len(words))):
         state = state << 32 | words.pop()
     found = []
     for _ in range(count):
         low = state % 2**24
-        s = max(i for i in range(len(frequencies)) if starts[i] <= low)
+        s = bisect.bisect_right(starts, low) - 1
         found.append(s)
         state = 256 * frequencies[s] * (state >> 24) + low - starts[s]
         if state < 2**32 and words:
