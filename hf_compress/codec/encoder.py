@@ -35,6 +35,8 @@ from .latents import Latents
 from .rans import encode_stream
 from .tables import BIT, Table, fit, is_codable, pooled
 
+_SLICES = 4_096  # that a tensor counts for at most when tables of a group are fitted first
+
 
 @dataclass(frozen=True, eq=False)
 class _Coding:
@@ -113,9 +115,9 @@ def _counted(name: str, latents: Latents, decoders: Sequence[np.ndarray]) -> _Te
     counts = count(columns)
     if counts.constant is not None or not all(map(is_codable, counts.channels)):
         return _Tensor(latents, columns, counts.constant, None)
-    codings: list[_Coding | None] = [None, _fitted([counts], False)]
+    codings: list[_Coding | None] = [None, _fitted(counts.streams(False), False)]
     if counts.has_values is not None:
-        codings.append(_fitted([counts], True))
+        codings.append(_fitted(counts.streams(True), True))
     costs = [c.cost + c.cost_of(counts) if c else 8 * BIT * columns.nbytes for c in codings]
     best = costs.index(min(costs))
     return _Tensor(latents, columns, None, _Codable(counts, codings[best], costs[best]))
@@ -132,13 +134,19 @@ def _columns(name: str, latents: Latents) -> np.ndarray:
     return np.ascontiguousarray(latents.values.reshape(-1, latents.row).T, dtype)
 
 
-def _streams(members: Sequence[Counts], has_flags: bool) -> list[tuple[int, np.ndarray]]:
-    """Of several tensors together."""
-    return [pooled(same) for same in zip(*(counts.streams(has_flags) for counts in members), strict=True)]
+def _streams(members: Sequence[Counts], has_flags: bool, most: int | None = None) -> list[tuple[int, np.ndarray]]:
+    """Of several tensors together, each counted as if it had at most so many slices."""
+    found = []
+    for same in zip(*(counts.streams(has_flags) for counts in members), strict=True):
+        if most is not None:
+            # What occurs stays, so that the tables cover it.
+            same = tuple((lo, np.maximum(c > 0, c * most // max(most, c.sum()))) for lo, c in same)
+        found.append(pooled(same))
+    return found
 
 
-def _fitted(members: Sequence[Counts], has_flags: bool) -> _Coding:
-    return _Coding(has_flags, tuple(fit(*stream) for stream in _streams(members, has_flags)))
+def _fitted(streams: list[tuple[int, np.ndarray]], has_flags: bool) -> _Coding:
+    return _Coding(has_flags, tuple(fit(*stream) for stream in streams))
 
 
 def _shared(members: list[_Codable]) -> _Coding | None:
@@ -154,10 +162,12 @@ def _shared_in(members: list[_Codable], has_flags: bool) -> tuple[float, _Coding
     """What the tensors of a group take with tables of one kind of streams, and the tables."""
     alone = sum(m.cost for m in members)
     total, coding, users = alone, None, members
-    for _ in range(2):  # over all, and over those that are smaller with the first ones
-        if not users or not all(is_codable(counts) for _, counts in _streams([u.counts for u in users], has_flags)):
+    # First over all, where a large tensor must not drown the small ones; then over those that are smaller with that.
+    for most in (_SLICES, None):
+        streams = _streams([u.counts for u in users], has_flags, most)
+        if not users or not all(is_codable(counts) for _, counts in streams):
             return alone, None
-        coding = _fitted([u.counts for u in users], has_flags)
+        coding = _fitted(streams, has_flags)
         gains = [u.cost - coding.cost_of(u.counts) for u in users]
         total = alone + coding.cost - sum(gain for gain in gains if gain > 0)
         users = [u for u, gain in zip(users, gains, strict=True) if gain > 0]

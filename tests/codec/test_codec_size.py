@@ -90,7 +90,7 @@ def test_large_tensors_unlike_each_other_share_nothing():
     assert read_groups(data).tables == (None,)
 
 
-@pytest.mark.parametrize("zero_slices", [0.05, 0.8])
+@pytest.mark.parametrize("zero_slices", [0, 0.8])
 def test_a_group_shares_tables_for_the_streams_that_are_smaller(zero_slices):
     parts = laplace(40 * 900, 9, zero_slices).reshape(40, 100, 9)
     tensors = {str(i): Latents(part, 9) for i, part in enumerate(parts)}
@@ -103,9 +103,10 @@ def test_a_group_shares_tables_for_the_streams_that_are_smaller(zero_slices):
 
 
 def test_tensors_without_zero_slices_use_tables_with_flags():
-    parts = laplace(40 * 90, 9, 0.8).reshape(40, 10, 9)
+    parts = laplace(40 * 900, 9, 0.8).reshape(40, 100, 9)
     tensors = {str(i): Latents(part, 9) for i, part in enumerate(parts)}
-    tensors["full"] = Latents(np.where(parts[:3].reshape(30, 9).any(1, keepdims=True), parts[:3].reshape(30, 9), 1), 9)
+    full = laplace(1_000, 10, seed=1)[:, :9]
+    tensors["full"] = Latents(full[full.any(1)][:40], 9)
     blobs, data = encode(tensors, eye(9))
     groups = read_groups(data)
     assert groups.tables[0][0]
@@ -113,7 +114,7 @@ def test_tensors_without_zero_slices_use_tables_with_flags():
     assert all(same(decode_latents(blobs[n], groups, t.shape), t) for n, t in tensors.items())
 
 
-@pytest.mark.parametrize(("low", "width"), [(-128, 1), (-200, 2)])
+@pytest.mark.parametrize(("low", "width"), [(-128, 1), (-2_000, 2)])
 def test_noise_is_kept_as_it_is(low, width):
     values = np.random.default_rng(0).integers(low, -low, (50, 20))
     blob, report = coded(values)

@@ -58,7 +58,7 @@ class Regularization(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer has unscaled and clipped the gradients, which are alike on all ranks."""
-        layers = latent_layers(self.model)
+        layers = [layer for layer in latent_layers(self.model) if layer.latent.requires_grad]
         task = [layer.latent.grad for layer in layers]
         rate = self._rate_gradients(layers, state.global_step)
         self._weigh(state.global_step, _norm(task), _norm(rate))

@@ -27,10 +27,10 @@ LATENTS = "lilnetx.safetensors"  # of a checkpoint, beside the plain model
 class LilNetXMixin(CompressionMixin):
     """Makes any `Trainer` class train with LilNetX: `class MyLilNetXTrainer(LilNetXMixin, MyTrainer)`.
 
-    The model that is passed has latents in place of its weights from then on. What is saved is a plain model, and
-    beside it the latents, for `resume_from_checkpoint`. The log gets "bits_per_parameter" as the entropy models
-    estimate them, "slice_sparsity", "rate_weight", and "rate_ratio", the length of the gradient of the bits against
-    that of the task.
+    The model that is passed has latents in place of its weights from then on; `bake` makes it plain. What is saved is a
+    plain model, also by `model.save_pretrained`, and in checkpoints the latents beside it, to resume. The log gets
+    "bits_per_parameter" as the entropy models estimate them, "slice_sparsity", "rate_weight", and "rate_ratio", the
+    length of the gradient of the bits against that of the task.
     """
 
     method = "lilnetx"
@@ -46,6 +46,8 @@ class LilNetXMixin(CompressionMixin):
         self._refuse_sharding()
         if not latent_layers(self.model):
             reparametrize(self.model, **self.args.latents())
+        for layer in latent_layers(self.model):
+            layer.module.register_state_dict_post_hook(_say_weight)
         self.regularization = Regularization(self.model, self.args)
         self.add_callback(self.regularization)
 
@@ -111,7 +113,7 @@ class LilNetXMixin(CompressionMixin):
             state = plain.state_dict()
         else:
             state = load_file(Path(folder) / "model.safetensors")
-        own = set(model.state_dict())
+        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
         with torch.no_grad():
             for name, value in named_state(model):
@@ -133,6 +135,16 @@ class LilNetXMixin(CompressionMixin):
         if self.args.half_rest:
             round_rest_(copied)
         return {self.args.variant: copied}
+
+
+def _say_weight(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state dict has the weight, which `from_pretrained` knows, and not what it is decoded from."""
+    inside = [name for name in state if name.startswith(f"{prefix}parametrizations.weight.")]
+    if inside:
+        with torch.no_grad():
+            state[f"{prefix}weight"] = module.weight.detach()
+    for name in inside:
+        del state[name]
 
 
 class LilNetXTrainer(LilNetXMixin, Trainer):

@@ -233,6 +233,23 @@ def test_what_is_saved_is_a_plain_model(tmp_path):
         torch.testing.assert_close(loaded(pixels).logits, trainer.model(pixels).logits, rtol=1e-4, atol=1e-5)
     assert latent_layers(trainer.model)
     assert not latent_layers(loaded)
+    trainer.model.save_pretrained(tmp_path / "own")  # as users do
+    own, info = AutoModelForImageClassification.from_pretrained(tmp_path / "own", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for (name, a), b in zip(loaded.state_dict().items(), own.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_frozen_layers_stay_what_they_are(tmp_path):
+    model = tiny_resnet()
+    frozen = model.resnet.embedder.embedder.convolution
+    frozen.weight.requires_grad_(False)
+    trainer = make(tmp_path, model, slice_weight=1.0, l2_weight=1.0, rate_weight=1.0)
+    before = frozen.parametrizations.weight.original.clone()
+    trainer.train()
+    assert torch.equal(frozen.parametrizations.weight.original, before)
+    assert not trainer._plain().resnet.embedder.embedder.convolution.weight.requires_grad
 
 
 def test_the_best_model_is_loaded_with_its_latents(tmp_path):
