@@ -24,9 +24,9 @@ The groups:
 
 Streams: without flags, channel 0 to d-1 of all slices. With flags, first a stream of one symbol a slice (1: a value of
 it is not 0), then the channels of those slices alone. Tables are written one for each stream in this order (tables.py);
-those of a group serve the tensors without own tables, and must be of the same kind of streams. A stream is cut into
-chunks of 65,536 symbols, the last one shorter; chunks of all streams follow each other in order, sizes first, then
-words. A stream whose table has one symbol has no chunks.
+those of a group serve the tensors without own tables, and must be of the same kind of streams. The streams whose tables
+have more than one symbol follow each other in one sequence, which is cut into chunks of 65,536 symbols, the last one
+shorter: a chunk of a small tensor holds all its streams, each coded with its own table.
 
 A chunk (section 3.2 of the specification): state x = 0; precision 24; F_s = 256 f_s, C_s = sum of F below s. To encode,
 from the last symbol to the first: if x >> 40 >= F_s, put out the low word and x >>= 32; then
@@ -36,7 +36,6 @@ the last word.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ import numpy as np
 
 from .fields import Bytes, CodecError, Reader, read_finite, read_scales
 from .latents import Latents, weights_of
-from .rans import decode_stream
+from .rans import decode_streams
 from .tables import CHUNK, Table, chunks_of
 
 MAGIC, GROUPS_MAGIC, VERSION = b"LNX1", b"LNXG", 1
@@ -213,9 +212,10 @@ class _Blob:
         else:
             self.tables = _shared_tables(groups, self.group, self.has_flags)
         after = reader.position
-        self.counts = [slices] * self.has_flags + [self.filled] * self.row
-        self.words = [self._sizes_of_chunks(reader, *pair) for pair in zip(self.tables, self.counts, strict=True)]
-        needed = 4 * sum(map(sum, self.words))
+        counts = [slices] * self.has_flags + [self.filled] * self.row
+        coded = sum(count for table, count in zip(self.tables, counts, strict=True) if not table.is_constant)
+        self.chunks = self._read_chunks(reader, coded)
+        needed = 4 * sum(self.chunks)
         if needed != reader.left:
             raise CodecError(f"the chunks have {needed} bytes of words, {reader.left} are left")
         self.sizes |= {"tables": after - before, "payload": needed}
@@ -223,13 +223,12 @@ class _Blob:
         self.body = reader.take(needed, "the words")
 
     @staticmethod
-    def _sizes_of_chunks(reader: Reader, table: Table, count: int) -> list[int]:
-        if table.is_constant:
-            return []
-        if chunks_of(count) > reader.left:
-            raise CodecError(f"{count} symbols have {chunks_of(count)} chunks, {reader.left} bytes are left")
+    def _read_chunks(reader: Reader, coded: int) -> list[int]:
+        """The words of each chunk."""
+        if chunks_of(coded) > reader.left:
+            raise CodecError(f"{coded} symbols have {chunks_of(coded)} chunks, {reader.left} bytes are left")
         # A symbol takes 16 bits at most.
-        symbols = (min(CHUNK, count - start) for start in range(0, count, CHUNK))
+        symbols = (min(CHUNK, coded - start) for start in range(0, coded, CHUNK))
         return [reader.number(n // 2 + 2, "the number of words of a chunk") for n in symbols]
 
 
@@ -249,19 +248,14 @@ def _shared_tables(groups: Groups, group: int, has_flags: bool) -> tuple[Table, 
 
 def _decode_rows(blob: _Blob) -> np.ndarray:
     """All values of the streams, in one dimension."""
-    words = np.frombuffer(blob.body, "<u4")
-    ends = itertools.accumulate(itertools.chain(*blob.words))
-    chunks = (words[end - size : end] for size, end in zip(itertools.chain(*blob.words), ends, strict=True))
-    streams = [list(itertools.islice(chunks, len(sizes))) for sizes in blob.words]
     tables = blob.tables[blob.has_flags :]
     is_wide = needs_16_bits(min(t.lo for t in tables), max(t.hi for t in tables))
     rows = np.empty((blob.filled, blob.row), np.int16 if is_wide else np.int8)
-    for k, table in enumerate(tables):
-        decode_stream(streams[k + blob.has_flags], table, rows[:, k])
+    flags = np.empty(blob.size // blob.row if blob.has_flags else 0, np.int8)
+    streams = [flags, *rows.T] if blob.has_flags else [*rows.T]
+    decode_streams(np.frombuffer(blob.body, "<u4"), blob.chunks, streams, blob.tables)
     if not blob.has_flags:
         return rows.reshape(-1)
-    flags = np.empty(blob.counts[0], np.int8)
-    decode_stream(streams[0], blob.tables[0], flags)
     if np.count_nonzero(flags) != blob.filled:
         raise CodecError(f"{np.count_nonzero(flags)} slices have flags, the file says {blob.filled}")
     found = np.zeros((len(flags), blob.row), rows.dtype)

@@ -7,9 +7,8 @@ fitted once more to those that use them.
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +31,8 @@ from .container import (
 from .counting import Counts, count
 from .fields import seal, write_number, write_scales
 from .latents import Latents
-from .rans import encode_stream
-from .tables import BIT, Table, fit, is_codable, pooled
+from .rans import encode_streams
+from .tables import BIT, Table, chunks_of, fit, is_codable, pooled
 
 _SLICES = 4_096  # that a tensor counts for at most when tables of a group are fitted first
 
@@ -52,8 +51,10 @@ class _Coding:
 
     def cost_of(self, counts: Counts) -> float:
         """Of the chunks of a tensor; infinite where the tables do not cover it."""
-        streams = zip(self.tables, counts.streams(self.has_flags), strict=True)
-        return sum(table.cost_of(*stream) for table, stream in streams)
+        streams = counts.streams(self.has_flags)
+        coded = sum(int(c.sum()) for table, (_, c) in zip(self.tables, streams, strict=True) if not table.is_constant)
+        symbols = sum(table.cost_of(*stream) for table, stream in zip(self.tables, streams, strict=True))
+        return symbols + 40 * BIT * chunks_of(coded)  # 5 bytes for the end of each chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,20 +207,17 @@ def _write(tensor: _Tensor, shared: _Coding | None) -> bytes:
 def _write_streams(columns: np.ndarray, counts: Counts, coding: _Coding, is_own: bool) -> list[bytes | memoryview]:
     """What follows the header with codec 2."""
     parts: list[bytes | memoryview] = []
-    streams: Iterable[np.ndarray] = columns
+    streams = [*columns]
     if coding.has_flags:
         has_values = np.ones(columns.shape[1], bool) if counts.has_values is None else counts.has_values
         filled = np.flatnonzero(has_values)  # to take by index is several times faster than by a random mask
         parts.append(write_number(len(filled)))
-        streams = itertools.chain([has_values.view(np.int8)], (column.take(filled) for column in columns))
+        if counts.has_values is not None:
+            streams = [column.take(filled) for column in columns]
+        streams.insert(0, has_values.view(np.int8))
     if is_own:
         parts += [table.write() for table in coding.tables]
-    words = [
-        chunk
-        for table, stream in zip(coding.tables, streams, strict=True)
-        if not table.is_constant
-        for chunk in encode_stream(stream, table)
-    ]
+    words = list(encode_streams(streams, coding.tables))
     parts += [write_number(len(chunk)) for chunk in words]
     return parts + [chunk.astype("<u4", copy=False).data.cast("B") for chunk in words]
 

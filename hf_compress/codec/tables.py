@@ -97,15 +97,14 @@ class Table:
     def cost_of(self, lo: int, counts: np.ndarray) -> float:
         """What a stream takes that holds the symbols lo, lo + 1, ... so often: a whole number of 1/65536 bit.
 
-        With 5 bytes for the end of each chunk; infinite where the table does not cover the symbols.
+        Infinite where the table does not cover the symbols.
         """
         used = np.flatnonzero(counts)
         if used.size and (lo + used[0] < self.lo or lo + used[-1] > self.hi):
             return math.inf
         if self.is_constant:
             return 0
-        code = int(counts[used] @ _costs()[self.frequencies[used + (lo - self.lo)]])
-        return code + 40 * BIT * chunks_of(int(counts.sum()))
+        return int(counts[used] @ _costs()[self.frequencies[used + (lo - self.lo)]])
 
 
 def fit(lo: int, counts: np.ndarray) -> Table:

@@ -11,10 +11,12 @@ class Loader(HfQuantizer):
     """What both loaders share."""
 
     def is_serializable(self) -> bool:
+        """A model that was loaded can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """And trained: it is plain."""
         return True
 
     def remove_quantization_config(self, model: Any) -> None:

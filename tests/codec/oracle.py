@@ -59,18 +59,19 @@ def groups(data):
     return found
 
 
-def symbols(words, frequencies, count):
-    """The symbols of a chunk."""
-    starts = list(itertools.accumulate((256 * f for f in frequencies[:-1]), initial=0))
-    words, state = list(words), 0
+def symbols(words, frequencies):
+    """The symbols of a chunk, of which each has its own frequencies."""
+    words, state, starts = list(words), 0, {}
     for _ in range(min(2, len(words))):
         state = state << 32 | words.pop()
     found = []
-    for _ in range(count):
+    for f in frequencies:
+        if id(f) not in starts:
+            starts[id(f)] = list(itertools.accumulate((256 * x for x in f[:-1]), initial=0))
         low = state % 2**24
-        s = bisect.bisect_right(starts, low) - 1
+        s = bisect.bisect_right(starts[id(f)], low) - 1
         found.append(s)
-        state = 256 * frequencies[s] * (state >> 24) + low - starts[s]
+        state = 256 * f[s] * (state >> 24) + low - starts[id(f)][s]
         if state < 2**32 and words:
             state = state << 32 | words.pop()
     assert state == 0
@@ -79,21 +80,20 @@ def symbols(words, frequencies, count):
 
 
 def streams(source, tables, lengths):
-    """The values of all streams; which length those behind a stream of flags have is not known before it is read."""
-    sizes = []
-    for (_, f), length in zip(tables, lengths, strict=True):
-        chunks = range(0, length, 65_536) if len(f) > 1 else []
-        sizes.append([(source.num(), min(65_536, length - start)) for start in chunks])
-    found = []
-    for (lo, f), chunks, length in zip(tables, sizes, lengths, strict=True):
-        if len(f) == 1:
-            found.append([lo] * length)
-            continue
-        found.append([])
-        for size, count in chunks:
-            words = [source.take("I") for _ in range(size)]
-            found[-1] += [lo + s for s in symbols(words, f, count)]
-    return found
+    """The values of all streams."""
+    coded = [t for t, length in zip(tables, lengths, strict=True) for _ in range(length) if len(t[1]) > 1]
+    chunks = [coded[start : start + 65_536] for start in range(0, len(coded), 65_536)]
+    sizes = [source.num() for _ in chunks]
+    values = []
+    for size, chunk in zip(sizes, chunks, strict=True):
+        words = [source.take("I") for _ in range(size)]
+        found = symbols(words, [f for _, f in chunk])
+        values += [lo + s for (lo, _), s in zip(chunk, found, strict=True)]
+    values = iter(values)
+    return [
+        [next(values) if len(f) > 1 else lo for _ in range(length)]
+        for (lo, f), length in zip(tables, lengths, strict=True)
+    ]
 
 
 def header(source):

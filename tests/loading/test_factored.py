@@ -243,12 +243,12 @@ def test_a_description_that_is_not_of_these_weights(factored, tmp_path, layers):
 
 
 def test_a_factored_checkpoint_is_not_pruned_while_it_is_loaded(factored):
-    with pytest.raises(ValueError, match="quantized with StoredLayersConfig but you are passing a HfCompressConfig"):
+    with pytest.raises(ValueError, match="quantized with StoredConfig but you are passing a HfCompressConfig"):
         load(factored["bert"][2], quantization_config=hfc.HfCompressConfig("2:4"))
 
 
 def test_layers_are_no_option_of_a_user(checkpoints):
-    with pytest.raises(ValueError, match="layers describe a stored checkpoint"):
+    with pytest.raises(ValueError, match="layers and coded describe a stored checkpoint"):
         load(checkpoints / "bert", quantization_config={"quant_method": "hf_compress", "layers": {}})
 
 

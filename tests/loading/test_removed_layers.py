@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import hf_compress as hfc
 from hf_compress.structure import describe, remove, write_description
-from tests.loading.conftest import TIMM, bits, load, logits_of
+from tests.loading.conftest import TIMM, bits, load, same_logits
 from tests.structure.conftest import SIZES, distilbert, llama, vit
 
 
@@ -69,11 +69,11 @@ def test_from_disk_it_is_the_same_model_again_and_again(removed, tmp_path, case)
     loaded, info = load(folder, output_loading_info=True)
     assert not any(info.values())
     assert bits(loaded) == bits(model)
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert same_logits(loaded, model)
     assert describe(loaded) == describe(model)
     assert bool(describe(model)) == (case in DESCRIBED) == ("quantization_config" in config_of(folder))
     loaded.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    assert same_logits(load(tmp_path), model)
     half = load(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
@@ -116,7 +116,7 @@ for folder in sys.argv[1:]:
     wanted = stored.pop("wanted")
     with torch.no_grad():
         found = model(**stored)[0]
-    print(torch.equal(found, wanted))
+    print(bool((found - wanted).abs().max() <= 1e-5 * wanted.abs().max()))
 """
 
 
@@ -157,7 +157,7 @@ def test_different_widths_are_described_and_equal_ones_after_them_are_plain(tmp_
     config = config_of(tmp_path)
     assert config["intermediate_size"] == 22
     assert "quantization_config" not in config
-    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    assert same_logits(load(tmp_path), model)
 
 
 HEADS = "bert.encoder.layer.0.attention.self"
@@ -214,4 +214,4 @@ def test_a_layer_that_has_lost_rows_is_not_factored_but_others_are(tmp_path):
     assert "it has lost outputs or inputs already" in report.skipped[f"{HEADS}.value.weight"]
     assert report.parameters_removed > 0
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    assert same_logits(load(tmp_path), model)

@@ -134,6 +134,7 @@ class Layer:
 
     @property
     def slices(self) -> int:
+        """How many it has."""
         return self.latent.numel() // self.decoded.decoder.row
 
 
