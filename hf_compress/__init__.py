@@ -23,7 +23,7 @@ _PUBLIC = {
     "calibration": ("recalibrate_batch_norm",),
     "oneshot": ("CompressionReport", "LayerReport", "compress"),
     "loading": ("HfCompressConfig",),
-    "family": ("Family", "Variant", "build_family", "load_family"),
+    "family": ("Family", "Variant", "build_family", "load_family", "save_coded"),
     "training": ("CompressionArguments", "CompressionMixin"),
     "callbacks": ("GradualPruning", "SparsityLock", "merge_lora"),
     "methods.cram": ("CrAM", "CrAMConfig", "CrAMMixin", "CrAMTrainer"),
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .family import Variant as Variant
     from .family import build_family as build_family
     from .family import load_family as load_family
+    from .family import save_coded as save_coded
     from .loading import HfCompressConfig as HfCompressConfig
     from .methods.cram import CrAM as CrAM
     from .methods.cram import CrAMConfig as CrAMConfig

@@ -12,7 +12,7 @@ from typing import Any
 from ..family import build_family
 from ..family.build import save_checkpoint
 from ..family.manifest import commit_folder, start_folder
-from ..family.storage import STORAGES, changes_shapes, check_storage
+from ..family.storage import STORAGES, as_plain, changes_shapes, check_storage
 from ..oneshot import CompressionReport
 from ..oneshot import compress as compress_model
 from ..patterns import Pattern, parse_pattern
@@ -102,7 +102,7 @@ def _write_one(
 ) -> CompressionReport | None:
     """Compress a model and save it; without pattern the checkpoint is saved as it is, in plain tensors."""
     partial = start_folder(target)
-    report = None
+    report, model = None, as_plain(model) if args.storage == "dense" else model
     try:
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
         if pattern is not None:

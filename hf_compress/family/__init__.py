@@ -9,12 +9,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_ROOM_OF = {"Family": "family", "Variant": "variant", "build_family": "build", "load_family": "family"}
+_ROOM_OF = {
+    "Family": "family",
+    "Variant": "variant",
+    "build_family": "build",
+    "load_family": "family",
+    "save_coded": "coded",
+}
 
-__all__ = ["Family", "Variant", "build_family", "load_family"]
+__all__ = ["Family", "Variant", "build_family", "load_family", "save_coded"]
 
 if TYPE_CHECKING:
     from .build import build_family as build_family
+    from .coded import save_coded as save_coded
     from .family import Family as Family
     from .family import load_family as load_family
     from .variant import Variant as Variant

@@ -21,6 +21,7 @@ from torch import nn
 from ..codec import Latents, encode
 from ..loading import GROUPS, VERSION
 from ..methods.lilnetx.parametrization import bake, latent_layers
+from ..oneshot import merged_on_disk
 from ..patterns import Chain, Pattern, Quantized, parse_pattern
 from ..patterns.quantized import quantize
 from ..structure import Belonging, describe, needless_outputs, remove, write_description
@@ -35,6 +36,7 @@ def save_coded(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     example_inputs: Any = None,
+    **options: Any,
 ) -> None:
     """Save a model with entropy-coded weights; `from_pretrained` reads it after `import hf_compress`.
 
@@ -50,6 +52,7 @@ def save_coded(
         exclude: globs that it was compressed with.
         example_inputs: of a model with latents: when given, filters and neurons that change nothing are left out, see
             `structure.needless_outputs`.
+        **options: of `save_pretrained`, such as `max_shard_size`.
 
     Raises:
         ValueError: for a model that has neither, or a layer in factors, whose codes nobody reads.
@@ -62,11 +65,13 @@ def save_coded(
             latents = cut_needless(plain, latents, example_inputs)
     else:
         latents, decoders = integer_latents(model, pattern, include, exclude)
-    blobs, groups = encode(latents, decoders)
+    # What the file joins with others is a plain part of them.
+    joined = merged_on_disk(plain, find_targets(plain, include=["*"]))
+    blobs, groups = encode({name: each for name, each in latents.items() if name not in joined}, decoders)
     state = {name: tensor if name in blobs else _narrowed(tensor) for name, tensor in plain.state_dict().items()}
     for name, blob in {**blobs, GROUPS: groups}.items():
         state[name] = torch.from_numpy(np.frombuffer(blob, np.uint8).copy())
-    plain.save_pretrained(folder, state_dict=state)
+    plain.save_pretrained(folder, state_dict=state, **options)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     stored = config.get("quantization_config") or {"quant_method": "hf_compress"}

@@ -7,6 +7,7 @@ weight of a Linear layer int8 codes under its own name, and a column of scales u
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -60,6 +61,8 @@ def save_model(
         save_coded(model, folder, pattern, include, exclude, example_inputs)
         return "coded"
     if any(factored_layers(model)):
+        if storage == "dense":
+            raise ValueError("layers in two factors have no plain form; compress the dense checkpoint with low_rank")
         model.save_pretrained(folder)
         return "factored"
     weights = integer_weights(model, pattern, include, exclude) if storage is None else {}
@@ -132,6 +135,22 @@ def load_model(model_class: Any, folder: Path) -> Any:
         model = model_class.from_pretrained(folder, dtype="auto")
         model.hf_quantizer.compressor.decompress_model(model)
     return model
+
+
+def as_plain(model: Any) -> Any:
+    """A loaded model whose parameters are plain weights: itself, or one without the integers of compressed-tensors."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None:
+        return model
+    from compressed_tensors.offload import as_single_threaded
+
+    with _without_progress_bars(), as_single_threaded():
+        compressor.decompress_model(model)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    plain, state = type(model)(config), model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    return plain.to(model.dtype).train(model.training)
 
 
 def count_scales(model: nn.Module) -> int:

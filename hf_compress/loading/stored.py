@@ -36,6 +36,7 @@ class Rebuilder(Loader):
         self._layers, self._coded = quantization_config.layers, quantization_config.coded
         self._names: list[str] = []  # of coded weights of this model
         self._blobs: dict[str, bytes] = {}
+        self._found: set[str] = set()  # those that the file has, also as plain tensors
         self._groups: bytes | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -70,7 +71,9 @@ class Rebuilder(Loader):
         prefix = f"{model.base_model_prefix}." if model is not None and model.base_model_prefix else ""
         for name in self._names:
             inner = name.removeprefix(prefix)  # the same pattern fits with and without it
-            own.append(WeightConverter([re.escape(inner)], [inner], [_Collect(self._blobs)], force_cpu=True))
+            own.append(
+                WeightConverter([re.escape(inner)], [inner], [_Collect(self._blobs, self._found)], force_cpu=True)
+            )
         return [*weight_conversions, *own]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -83,7 +86,11 @@ class Rebuilder(Loader):
 
     @torch.no_grad()
     def _decode(self, model: Any) -> None:
-        """Write the weights of all blobs that have come; those that have not were plain tensors, or are missing."""
+        """Write the weights of all blobs."""
+        if lacking := [name for name in self._names if name not in self._found]:
+            raise ValueError(
+                f"this checkpoint lacks {len(lacking)} of its coded weights, first {lacking[0]}; download it again"
+            )
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(parameters[name].shape) for name in self._blobs}
         count = sum(parameters[name].numel() for name in self._blobs)
@@ -104,8 +111,8 @@ class _Collect(ConversionOps):
 
     hf_quantizer = True  # tells transformers to leave the type that the bytes have
 
-    def __init__(self, blobs: dict[str, bytes]) -> None:
-        self._blobs = blobs
+    def __init__(self, blobs: dict[str, bytes], found: set[str]) -> None:
+        self._blobs, self._found = blobs, found
 
     def __deepcopy__(self, memo: Any) -> _Collect:
         return self
@@ -122,6 +129,7 @@ class _Collect(ConversionOps):
         tensor: torch.Tensor = found[0] if isinstance(found, list) else found
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
+        self._found.add(name)
         if tensor.dtype != torch.uint8 or tensor.ndim != 1:  # of a plain checkpoint that keeps this config
             return {target_patterns[0]: tensor.to(parameter.dtype)}
         self._blobs[name] = tensor.cpu().numpy().tobytes()

@@ -79,4 +79,5 @@ def quantize(target: Target, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     # With fewer digits the quotient could be 0, or come out differently when the rounded weight is rounded again.
     smallest = limits.smallest_normal * limits.eps * (largest + 1)
     scales = torch.where(peak > 0, (peak / largest).to(dtype).float().clamp_min(smallest), 1.0)
-    return (weight / scales).round_().clamp_(-largest, largest), scales
+    codes = (weight / scales).round_().clamp_(-largest, largest)
+    return codes.add_(0.0), scales  # no -0, which integers do not have

@@ -156,3 +156,15 @@ def test_costs_of_the_penalty_are_those_of_the_result():
         assert f"| {name} | {' | '.join(ratios)} | {100 * found['closed_over_training']:.1f} % |" in README
         assert found["target_over_closed"] >= 2.5
     assert len(cases) == 4
+
+
+def test_sizes_of_coded_files_are_those_of_the_result():
+    result = result_of("coded_sizes")["bytes"]
+    rows = re.findall(r"^\| (\S+), MiniLM \| (.*) \|$", README, re.M)
+    assert [pattern for pattern, _ in rows] == ["int8", "2:4+int8", "unstructured:0.8+int8", "int4"]
+    for pattern, cells in rows:
+        kinds = ("a byte each", "zstd -19", "coded", "entropy")
+        sizes = [result[f"{pattern}, {kind}"]["weights"] for kind in kinds]
+        assert cells.split(" | ") == [f"{size / 1e6:.2f}" for size in sizes]
+        assert sizes[2] < sizes[1]
+        assert sizes[2] <= 1.02 * sizes[3]

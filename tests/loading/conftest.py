@@ -102,6 +102,6 @@ def logits_of(model):
 
 
 def same_logits(a, b):
-    """Of models whose weights are equal bit by bit; kernels sum in an order that depends on where they lie in memory."""
+    """Of models of equal weights, bit by bit; kernels sum in an order that depends on where they lie in memory."""
     a, b = logits_of(a), logits_of(b)
     return (a - b).abs().max() <= 1e-5 * a.abs().max()

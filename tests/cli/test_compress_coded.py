@@ -1,0 +1,83 @@
+"""`hf-compress compress --storage`: coded files of any checkpoint, and plain ones of coded checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_compress as hfc
+from hf_compress.cli import run
+from tests.cli.conftest import failure
+from tests.conftest import tiny_resnet
+from tests.text import tiny_text_model
+
+COMPRESS = "compress"
+
+
+def size_of(folder):
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return tiny_text_model(tmp_path / "bert", "text-classification")
+
+
+def states(*folders):
+    return [AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in folders]
+
+
+@pytest.mark.parametrize("pattern", ["int8", "unstructured:0.8+int8", "int4"])
+def test_a_coded_checkpoint_and_back(bert, tmp_path, capsys, pattern):
+    coded, dense, again = (tmp_path / name for name in ("coded", "dense", "again"))
+    assert run([COMPRESS, str(bert), "--pattern", pattern, "--storage", "coded", "--output_dir", str(coded)]) == 0
+    assert "it loads after `import hf_compress`" in capsys.readouterr().out
+    assert run([COMPRESS, str(bert), "--pattern", pattern, "--storage", "dense", "--output_dir", str(dense)]) == 0
+    assert run([COMPRESS, str(coded), "--storage", "dense", "--output_dir", str(again)]) == 0
+    assert "plain tensors" in capsys.readouterr().out
+    found = states(coded, dense, again)
+    for name, value in found[1].items():
+        assert torch.equal(found[0][name], value)
+        assert torch.equal(found[2][name], value)
+    assert "quantization_config" not in json.loads((again / "config.json").read_text())
+    assert size_of(coded) < size_of(again) == size_of(dense)
+    assert AutoTokenizer.from_pretrained(coded)("a good film")["input_ids"]
+
+
+def test_integers_of_compressed_tensors_and_factors_become_plain(bert, tmp_path, capsys):
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    int8, plain = tmp_path / "int8", tmp_path / "plain"
+    assert run([COMPRESS, str(bert), "--pattern", "int8", "--output_dir", str(int8)]) == 0
+    assert "quantization_config" in json.loads((int8 / "config.json").read_text())
+    assert run([COMPRESS, str(int8), "--storage", "dense", "--output_dir", str(plain)]) == 0, capsys.readouterr().err
+    hfc.compress(model, "int8")
+    (found,) = states(plain)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    factored = tmp_path / "factored"
+    assert run([COMPRESS, str(bert), "--pattern", "low_rank:0.75", "--output_dir", str(factored)]) == 0
+    message = failure(capsys, COMPRESS, str(factored), "--storage", "dense", "--output_dir", str(tmp_path / "x"))
+    assert "layers in two factors have no plain form" in message
+
+
+def test_a_family_of_coded_variants(tmp_path, capsys):
+    tiny_resnet().save_pretrained(tmp_path / "model")
+    argv = [COMPRESS, str(tmp_path / "model"), "--storage", "coded", "--output_dir", str(tmp_path / "family")]
+    assert run([*argv, "--pattern", "int8", "--pattern", "2:4+int8"]) == 0, capsys.readouterr().err
+    family = hfc.load_family(tmp_path / "family")
+    assert [v.storage for v in family.checkpoints] == ["dense", "coded", "coded"]
+    assert [v.loads_with for v in family.checkpoints] == ["transformers", "hf_compress", "hf_compress"]
+    assert family["2:4+int8"].bytes < family["int8"].bytes < family.dense.bytes
+
+
+def test_mistakes_are_named(bert, tmp_path, capsys):
+    out = ["--output_dir", str(tmp_path / "out")]
+    message = failure(capsys, COMPRESS, str(bert), "--pattern", "unstructured:0.5", "--storage", "coded", *out)
+    assert "storage coded is for whole numbers, which unstructured:0.5 does not give; add int8" in message
+    assert "no --pattern: give one" in failure(capsys, COMPRESS, str(bert), *out)
+    assert "no --pattern: give one" in failure(capsys, COMPRESS, str(bert), "--storage", "coded", *out)
+    assert "made by a training" in failure(capsys, COMPRESS, str(bert), "--pattern", "lilnetx", *out)
+    assert not (tmp_path / "out").exists()
