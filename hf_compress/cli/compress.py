@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..calibration import fold_batch_norm_
 from ..family import build_family
 from ..family.build import save_checkpoint
+from ..family.coded import round_rest_
 from ..family.manifest import commit_folder, start_folder
 from ..family.storage import STORAGES, as_plain, changes_shapes, check_storage
 from ..oneshot import CompressionReport
@@ -47,6 +49,10 @@ def compress(argv: Sequence[str]) -> None:
     if len(patterns) < 2:
         _check_empty(target)
     model, processing_class = load_checkpoint(args.model, args.revision)
+    if args.fold_batch_norm:
+        fold_batch_norm_(model)
+    if args.half_rest:
+        round_rest_(model, args.include, args.exclude)
     if len(patterns) > 1:
         printer = VariantPrinter()
         family = build_family(
@@ -93,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=STORAGES,
         help="coded: entropy-coded codes of intB patterns; dense: plain tensors, without --pattern of any checkpoint",
     )
+    parser.add_argument("--fold_batch_norm", action="store_true", help="fold statistics into scales and shifts")
+    parser.add_argument("--half_rest", action="store_true", help="round norms, biases, embeddings, heads to 16 bits")
     parser.add_argument("--revision", help="of a Hub checkpoint")
     return parser
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_compress as hfc
 from hf_compress.cli import run
@@ -71,6 +71,23 @@ def test_a_family_of_coded_variants(tmp_path, capsys):
     assert [v.storage for v in family.checkpoints] == ["dense", "coded", "coded"]
     assert [v.loads_with for v in family.checkpoints] == ["transformers", "hf_compress", "hf_compress"]
     assert family["2:4+int8"].bytes < family["int8"].bytes < family.dense.bytes
+
+
+def test_the_rest_takes_16_bits_on_request(tmp_path, capsys):
+    tiny_resnet().save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model = tiny_resnet().train()
+        model(torch.randn(4, 3, 8, 8))
+    model.save_pretrained(tmp_path / "model")
+    argv = [COMPRESS, str(tmp_path / "model"), "--storage", "coded", "--pattern", "int8", "--output_dir"]
+    assert run([*argv, str(tmp_path / "wide")]) == 0
+    assert run([*argv, str(tmp_path / "half"), "--half_rest", "--fold_batch_norm"]) == 0, capsys.readouterr().err
+    assert size_of(tmp_path / "half") < size_of(tmp_path / "wide")
+    wide, half = (
+        AutoModelForImageClassification.from_pretrained(tmp_path / name).eval()(torch.ones(1, 3, 8, 8)).logits
+        for name in ("wide", "half")
+    )
+    torch.testing.assert_close(half, wide, rtol=5e-3, atol=5e-3)
 
 
 def test_mistakes_are_named(bert, tmp_path, capsys):

@@ -104,6 +104,16 @@ def test_trained_variants_are_said_to_be_and_their_paper_is_cited(family, tmp_pa
     assert "Where `heads-0.50` is loaded, `import hf_compress` comes before" in card
 
 
+def test_coded_variants_are_said_to_need_us(tmp_path):
+    model = tiny_resnet()
+    family = hfc.build_family(model, ["int8"], output_dir=tmp_path / "family", storage="coded")
+    card, page = render_card(family, "me/x"), render_variant_card(family, family["int8"], "me/x")
+    assert "Where `int8` is loaded, `import hf_compress` comes before: its layers, or the bytes of its weights" in card
+    assert "compressed-tensors" not in card.split("Versions:")[0]
+    assert "Its weights are entropy-coded whole numbers" in page
+    assert "import hf_compress\nfrom transformers import" in page
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_card_says_what_every_method_did(tmp_path, method):
     family = hfc.build_family(tiny_resnet(), ["2:4"], output_dir=tmp_path / "family", method=method)

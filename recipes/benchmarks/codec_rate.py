@@ -1,0 +1,182 @@
+"""How fast integer tensors are coded and how small they get, beside constriction alone and beside zstd.
+
+"bare" is one call of constriction over all symbols, which are int32 numbers from 0 on already, with one table that is
+known: no counting, no check, no header. "ours" is `encode` from int8 and `decode_latents` to int8; "weights" is `decode`
+to float32. All run in turns on the processor clock of one thread; a ratio is the median over the rounds. zstd (level
+19) gets the first 2 million int8 values and fewer rounds. Latents are drawn from Laplace distributions, nine channels
+of different scale, as section 4 of the specification has them; "int8 MiniLM" is the rounded weights of all linear
+layers of a model, each with its scales. Bits are of a value, all files counted.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/codec_rate.py --model FOLDER \\
+        --output recipes/benchmarks/results/codec_rate.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import constriction
+import numpy as np
+import zstandard
+from digits import facts
+from safetensors.torch import load_file
+
+from hf_compress.codec import Latents, decode, decode_latents, encode, entropy_bits, read_groups
+from hf_compress.patterns.quantized import quantize
+from hf_compress.targets import Target
+
+ROUNDS, ZSTD_ROUNDS = 9, 2
+SIZE, SAMPLE = 9_900_000, 2_000_000
+BAR = 0.8  # of the rate of constriction alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a BERT-like model")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    cases = {
+        "Laplace, d = 1": (laplace(1, 0), np.eye(1)),
+        "Laplace, d = 9": (laplace(9, 0), np.eye(9)),
+        "Laplace, d = 9, 75 % zero slices": (laplace(9, 0.75), np.eye(9)),
+        "int8 MiniLM": (int8_weights(options.model), np.eye(1)),
+    }
+    described = facts()
+    described["versions"] |= {p: importlib.metadata.version(p) for p in ("constriction", "zstandard", "numpy")}
+    result = {
+        "what": __doc__,
+        "command": "OMP_NUM_THREADS=1 python recipes/benchmarks/codec_rate.py --model FOLDER",
+        **described,
+        "rounds": ROUNDS,
+        "bar": BAR,
+        "cases": {name: measured(tensors, s.astype(np.float32)) for name, (tensors, s) in cases.items()},
+    }
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result["cases"]), file=sys.stdout)
+
+
+def laplace(row: int, zero_slices: float) -> dict[str, Latents]:
+    """One tensor."""
+    rng = np.random.default_rng(0)
+    values = rng.laplace(0, np.linspace(2.2, 0.8, 9), (SIZE // 9, 9))
+    values[rng.random(len(values)) < zero_slices] = 0
+    return {"w": Latents(np.rint(values).clip(-127, 127).astype(np.int8), row)}
+
+
+def int8_weights(folder: Path) -> dict[str, Latents]:
+    """The weights of the linear layers of an encoder."""
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if weight.ndim == 2 and re.search(r"\.layer\.\d+\..*\.weight$", name):
+            codes, scales = quantize(Target(weight, 1, "linear"), 8)
+            found[name] = Latents(codes.numpy().astype(np.int8), scales=scales.reshape(-1).numpy())
+    if not found:
+        raise ValueError(f"{folder} has no matrices in layers; give the folder of a BERT-like model")
+    return found
+
+
+def measured(tensors: dict[str, Latents], decoder: np.ndarray) -> dict[str, Any]:
+    """Rates, their ratios, and bits of a value."""
+    values = np.concatenate([t.values.reshape(-1) for t in tensors.values()])
+    blobs, data = encode(tensors, [decoder])
+    groups, forms = read_groups(data), bare(values)
+    forms |= {
+        "ours encode": lambda: encode(tensors, [decoder]),
+        "ours decode": lambda: [decode_latents(blobs[name], groups, t.shape) for name, t in tensors.items()],
+        "weights": lambda: [decode(blobs[name], groups, t.shape) for name, t in tensors.items()],
+    }
+    for found, t in zip(forms["ours decode"](), tensors.values(), strict=True):
+        if not np.array_equal(found.values, t.values):
+            raise RuntimeError("a tensor did not come back as it was")
+    seconds = timed(forms, ROUNDS)
+    sample = values[:SAMPLE].tobytes()
+    packed = zstandard.ZstdCompressor(level=19).compress(sample)
+    slow = timed(
+        {
+            "zstd encode": lambda: zstandard.ZstdCompressor(level=19).compress(sample),
+            "zstd decode": lambda: zstandard.ZstdDecompressor().decompress(packed),
+        },
+        ZSTD_ROUNDS,
+    )
+    rate = {name: len(values) / 1e6 / statistics.median(s) for name, s in seconds.items()}
+    rate |= {name: len(sample) / 1e6 / statistics.median(s) for name, s in slow.items()}
+    ratio = {
+        f"{way}_over_bare": statistics.median(
+            b / o for o, b in zip(seconds[f"ours {way}"], seconds[f"bare {way}"], strict=True)
+        )
+        for way in ("encode", "decode")
+    }
+    size = sum(map(len, blobs.values())) + len(data)
+    return {
+        "values": len(values),
+        "tensors": len(tensors),
+        "million_values_per_second": {name: round(r, 1) for name, r in rate.items()},
+        **{name: round(r, 3) for name, r in ratio.items()},
+        "bits": {
+            "raw": 8.0,
+            "zstd": round(8 * len(packed) / len(sample), 4),
+            "bare": round(8 * len(forms["bare encode"]()) * 4 / len(values), 4),
+            "ours": round(8 * size / len(values), 4),
+            "entropy": round(sum(map(entropy_bits, tensors.values())) / len(values), 4),
+        },
+    }
+
+
+def bare(values: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """constriction with one table for all values."""
+    coder, lo = constriction.stream.stack.AnsCoder, int(values.min())
+    symbols = values.astype(np.int32) - lo
+    model = constriction.stream.model.Categorical(np.bincount(symbols) / len(symbols), perfect=False)
+
+    def encoded() -> np.ndarray:
+        found = coder()
+        found.encode_reverse(symbols, model)
+        return found.get_compressed()
+
+    words = encoded()
+    return {"bare encode": encoded, "bare decode": lambda: coder(words).decode(model, len(symbols))}
+
+
+def timed(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round; the first one warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for i in range(rounds + 1):
+        for name in forms if i % 2 else reversed(forms):
+            start = time.process_time()
+            forms[name]()
+            if i:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def table(cases: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    lines = [
+        "| data | coder | bits | encode, M/s | decode, M/s | encode / bare | decode / bare |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, case in cases.items():
+        rate, bits = case["million_values_per_second"], case["bits"]
+        ratios = [f"{case[f'{way}_over_bare']:.2f}" for way in ("encode", "decode")]
+        for coder in ("ours", "bare", "zstd"):
+            speed = [f"{rate[f'{coder} {way}']:.1f}" for way in ("encode", "decode")]
+            cells = [name, coder, f"{bits[coder]:.3f}", *speed, *(ratios if coder == "ours" else ["", ""])]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {name} | raw | 8.000 | | | | |")
+        lines.append(f"| {name} | entropy | {bits['entropy']:.3f} | | | | |")
+        lines.append(f"| {name} | ours to float32 | | | {rate['weights']:.1f} | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
