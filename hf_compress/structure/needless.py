@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,32 +38,60 @@ def needless_outputs(
     stay = reasons_to_stay(model, is_replaced=False)
     plan: dict[str, list[int]] = {}
     covered: set[str] = set()
-    for name, target in find_targets(model, include=["*"]).items():
+    for name in find_targets(model, include=["*"]):
         path = name.rpartition(".")[0]
         if path in covered or name in stay:
             continue
         try:
-            lines = [merged(model, {path: [i]}, belonging) for i in range(target.parameter.shape[target.output_dim])]
+            first = merged(model, {path: [0]}, belonging)
+            lines = {i: merged(model, {path: [i]}, belonging) for i in _candidates(model, path, first)}
         except ValueError:
             continue  # its outputs belong to something else, such as a sum or a head
-        if any(f"{layer}.weight" in stay for layer, _ in lines[0]):
+        if any(f"{layer}.weight" in stay for layer, _ in first):
             continue
-        covered |= {layer for layer, part in lines[0] if part == "outputs"}
-        unread = [i for i, line in enumerate(lines) if _is_unread(model, line)]
-        silent = [i for i, line in enumerate(lines) if i not in unread and _is_empty(model, line)]
+        covered |= {layer for layer, part in first if part == "outputs"}
+        unread = [i for i, line in lines.items() if _is_unread(model, line)]
+        silent = [i for i, line in lines.items() if i not in unread and _is_empty(model, line)]
         if gone := _checked(model, path, unread, silent, lines, example_inputs):
             plan[path] = gone
     return plan, merged(model, plan, belonging) if plan else {}
 
 
+def _candidates(model: nn.Module, path: str, first: Lines) -> list[int]:
+    """Outputs of empty rows, and those of empty columns of a layer that reads them; the others are not looked at.
+
+    Args:
+        model: that they are outputs of.
+        path: of the layer that makes them.
+        first: what belongs to the first of them.
+    """
+    module: Any = model.get_submodule(path)
+    outputs = module.weight.shape[1 - kind_of(module)[1]]
+    found = set(_empty_slices(module, 1 - kind_of(module)[1]))
+    for layer in (layer for layer, part in first if part == "inputs"):
+        reader: Any = model.get_submodule(layer)
+        dim = kind_of(reader)[1]
+        each = reader.weight.shape[dim] // outputs  # more than 1 behind a map that was flattened
+        found |= {column // max(each, 1) for column in _empty_slices(reader, dim)}
+    return sorted(i for i in found if i < outputs)
+
+
+def _empty_slices(module: Any, dim: int) -> list[int]:
+    """Positions along a dimension of a weight where all of it is zero."""
+    filled = (module.weight.detach() != 0).movedim(dim, 0).flatten(1).any(1)
+    found: list[int] = (~filled).nonzero().flatten().tolist()
+    return found
+
+
 def _checked(
-    model: nn.Module, path: str, unread: list[int], silent: list[int], lines: Sequence[Lines], inputs: Any
+    model: nn.Module, path: str, unread: list[int], silent: list[int], lines: Mapping[int, Lines], inputs: Any
 ) -> list[int]:
     """Those of the outputs without which the model gives out the same; one stays."""
     if silent and not is_unmissed(model, _joined([lines[i] for i in silent]), inputs):
         silent = [i for i in silent if is_unmissed(model, lines[i], inputs)]
     gone = sorted({*unread, *silent})
-    return gone[1:] if len(gone) == len(lines) else gone
+    module: Any = model.get_submodule(path)
+    return gone[1:] if len(gone) == module.weight.shape[1 - kind_of(module)[1]] else gone
 
 
 def _joined(lines: Sequence[Lines]) -> Lines:

@@ -75,6 +75,20 @@ def test_one_output_stays():
     assert plan["a"] == list(range(1, 8))
 
 
+def test_a_reader_behind_flattened_maps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3)).eval()
+    with torch.no_grad():
+        model[3].weight[:, 8:12] = 0  # all of filter 2
+        model[3].weight[:, 16:19] = 0  # a part of filter 4
+    x = torch.randn(2, 2, 4, 4)
+    plan, _ = needless_outputs(model, x)
+    assert plan == {"0": [2]}
+    before = output(model, x)
+    remove(model, plan, x)
+    torch.testing.assert_close(output(model, x), before, rtol=1e-5, atol=1e-6)
+
+
 def test_neurons_of_transformers_and_filters_of_blocks():
     model = tiny_bert().eval()
     with torch.no_grad():
