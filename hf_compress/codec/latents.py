@@ -89,10 +89,7 @@ def weights_of(latents: Latents, decoder: np.ndarray) -> np.ndarray:
     step = max(1, _PART // d)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        total = part[:, :1] * matrix[0]
-        for k in range(1, d):
-            total += part[:, k, None] * matrix[k]
-        weights = total.reshape(-1)
+        weights = _sums(part, matrix)
         weights *= gain
         first = start * d
         if latents.scales is not None:
@@ -104,6 +101,16 @@ def weights_of(latents: Latents, decoder: np.ndarray) -> np.ndarray:
             raise CodecError("a weight does not fit float32: decoder, gain or scales are too large")
         flat[first : first + len(weights)] = narrow
     return out
+
+
+def _sums(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """rows @ matrix in one dimension, each sum in the order of the slice, with the slices side by side in memory."""
+    columns = np.ascontiguousarray(rows.T, np.float64)
+    total = matrix[0][:, None] * columns[0]
+    term = np.empty_like(total)
+    for k in range(1, len(matrix)):
+        total += np.multiply(matrix[k][:, None], columns[k], out=term)
+    return total.T.reshape(-1)
 
 
 def entropy_bits(latents: Latents) -> float:
