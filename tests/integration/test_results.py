@@ -168,3 +168,19 @@ def test_sizes_of_coded_files_are_those_of_the_result():
         assert cells.split(" | ") == [f"{size / 1e6:.2f}" for size in sizes]
         assert sizes[2] < sizes[1]
         assert sizes[2] <= 1.02 * sizes[3]
+
+
+def test_rates_of_the_codec_are_those_of_the_result():
+    cases = result_of("codec_rate")["cases"]
+    rows = dict(re.findall(r"^\| codec, (.*?) \| (.*) \|$", README, re.M))
+    assert list(rows) == list(cases)
+    for name, case in cases.items():
+        bits, rates = case["bits"], case["million_values_per_second"]
+        wanted = [
+            f"{bits['raw']:.0f}, {bits['zstd']:.2f}, {bits['ours']:.2f}",
+            f"{rates['ours encode']:.0f}, {rates['ours decode']:.0f}",
+            f"{case['encode_over_bare_from_int8']:.2f} x, {case['decode_over_bare_decode']:.2f} x",
+        ]
+        assert rows[name].split(" | ") == wanted
+        assert case["decode_over_bare_decode"] >= 0.8
+        assert bits["ours"] <= 1.01 * bits["entropy"]
