@@ -40,8 +40,8 @@ def save_coded(
 ) -> None:
     """Save a model with entropy-coded weights; `from_pretrained` reads it after `import hf_compress`.
 
-    Loaded, it has exactly the weights that it has now: of a model with latents those that `bake` gives. Other tensors
-    take 16 bits where these hold every entry, see `round_rest_`.
+    Loaded, it has exactly the weights that it has now (a zero may lose its sign): of a model with latents those that
+    `bake` gives. Other tensors take 16 bits where these hold every entry, see `round_rest_`.
 
     Args:
         model: a transformers model with latents (see `methods.lilnetx.reparametrize`), or one that has been compressed
@@ -55,7 +55,8 @@ def save_coded(
         **options: of `save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        ValueError: for a model that has neither, or a layer in factors, whose codes nobody reads.
+        ValueError: for a model that has neither, weights that are not what the pattern makes of them, or a layer in
+            factors, whose codes nobody reads.
     """
     plain = model
     if latent_layers(model):
@@ -68,7 +69,8 @@ def save_coded(
     # What the file joins with others is a plain part of them.
     joined = merged_on_disk(plain, find_targets(plain, include=["*"]))
     blobs, groups = encode({name: each for name, each in latents.items() if name not in joined}, decoders)
-    state = {name: tensor if name in blobs else _narrowed(tensor) for name, tensor in plain.state_dict().items()}
+    halves: dict[Any, torch.Tensor] = {}
+    state = {name: t if name in blobs else _narrowed(t, halves) for name, t in plain.state_dict().items()}
     for name, blob in {**blobs, GROUPS: groups}.items():
         state[name] = torch.from_numpy(np.frombuffer(blob, np.uint8).copy())
     plain.save_pretrained(folder, state_dict=state, **options)
@@ -149,12 +151,15 @@ def _parts_of(layer: Any) -> tuple[int, ...]:
     return id(layer.latent), id(layer.decoded.gain), id(layer.decoded.decoder.matrix)
 
 
-def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+def _narrowed(tensor: torch.Tensor, halves: dict[Any, torch.Tensor]) -> torch.Tensor:
     """In 16 bits, if every entry stays what it is; `from_pretrained` widens it again."""
     if tensor.dtype != torch.float32:
         return tensor
-    half = tensor.half()
-    return half if torch.equal(half.float(), tensor) else tensor
+    place = tensor.data_ptr(), tensor.shape, tensor.stride()
+    if place not in halves:  # tied weights stay one tensor, of which a file has one copy
+        half = tensor.half()
+        halves[place] = half if torch.equal(half.float(), tensor) else tensor
+    return halves[place]
 
 
 def integer_latents(
@@ -166,7 +171,8 @@ def integer_latents(
     """The codes of a model that has been compressed to a few bits, with a scale for each output.
 
     Raises:
-        ValueError: unless the pattern ends with intB, and for a model without targets.
+        ValueError: unless the pattern ends with intB and the weights are what it makes of them, and for a model
+            without targets.
     """
     last = last_part(parse_pattern(pattern)) if pattern is not None else None
     if not isinstance(last, Quantized):
@@ -180,11 +186,16 @@ def integer_latents(
     targets = {n: t for n, t in find_targets(model, include, exclude).items() if uses[id(t.parameter)] == 1}
     if not targets:
         raise ValueError("the model has no weights to code; name some by globs, as in include=['*head*']")
-    return {name: _codes(target, last.bits) for name, target in targets.items()}, [np.ones((1, 1), np.float32)]
+    return {name: _codes(name, target, last.bits) for name, target in targets.items()}, [np.ones((1, 1), np.float32)]
 
 
-def _codes(target: Target, bits: int) -> Latents:
+def _codes(name: str, target: Target, bits: int) -> Latents:
     codes, scales = quantize(target, bits)
+    if not torch.equal((codes * scales).to(target.parameter.dtype), target.parameter):  # exact after `compress`
+        raise ValueError(
+            f"{name} has other values than int{bits} gives it; compress the model in the type that it has now, with "
+            "the same include and exclude, and save it then"
+        )
     is_transposed = target.output_dim == 1
     whole = (codes.T if is_transposed else codes).to(torch.int8).cpu().numpy()
     return Latents(whole, scales=scales.flatten().cpu().numpy(), is_transposed=is_transposed)
