@@ -12,6 +12,9 @@ from ....distributed import local
 from ....selection import CHUNK
 
 
+_BLOCK = 1024
+
+
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float64 if it is so, in float32 otherwise."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
@@ -54,7 +57,10 @@ def square_sum(piece: torch.Tensor) -> torch.Tensor:
     """The sum of squares of a piece, a 0-dim float64 tensor with a relative error below 1e-6, whatever the scale."""
     if piece.device.type == "cpu" and piece.dtype == torch.float32 and piece.numel():
         flat = piece.reshape(-1)
-        total = torch.dot(flat, flat).item()
+        # One dot product of all may add one entry after the other, and lose six digits of a million on some CPUs.
+        blocks = flat[: flat.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK)
+        rest = flat[blocks.numel() :]
+        total = torch.linalg.vector_norm(blocks, dim=1).double().square().sum().item() + torch.dot(rest, rest).item()
         if 1e-20 < total < 1e30:  # no square that counts was too small or too large for float32
             return torch.tensor(total, dtype=torch.float64)
     return torch.linalg.vector_norm(piece, dtype=torch.float64).square()
