@@ -49,6 +49,7 @@ def compress(argv: Sequence[str]) -> None:
     if len(patterns) < 2:
         _check_empty(target)
     model, processing_class = load_checkpoint(args.model, args.revision)
+    model = as_plain(model)
     if args.fold_batch_norm:
         fold_batch_norm_(model)
     if args.half_rest:
@@ -70,15 +71,15 @@ def compress(argv: Sequence[str]) -> None:
         printer.finish(family)
         return
     report = _write_one(model, processing_class, patterns[0] if patterns else None, target, args)
+    needs_us = "; it loads after `import hf_compress`" if args.storage == "coded" or describe(model) else ""
     if report is None:
-        print(f"saved {args.output_dir}: plain tensors")
+        print(f"saved {args.output_dir}: plain tensors{needs_us}")
         return
     for name, reason in report.skipped.items():
         print(f"left dense: {name}, {reason}")
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
     if report.parameters_removed:
         share = f"{report.parameters_removed} parameters removed"
-    needs_us = "; it loads after `import hf_compress`" if args.storage == "coded" or describe(model) else ""
     print(f"saved {args.output_dir}: {report.pattern}, {share}{needs_us}")
 
 
@@ -110,7 +111,7 @@ def _write_one(
 ) -> CompressionReport | None:
     """Compress a model and save it; without pattern the checkpoint is saved as it is, in plain tensors."""
     partial = start_folder(target)
-    report, model = None, as_plain(model) if args.storage == "dense" else model
+    report = None
     try:
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
         if pattern is not None:

@@ -40,8 +40,8 @@ def save_coded(
 ) -> None:
     """Save a model with entropy-coded weights; `from_pretrained` reads it after `import hf_compress`.
 
-    Loaded, it has exactly the weights that it has now (a zero may lose its sign): of a model with latents those that
-    `bake` gives. Other tensors take 16 bits where these hold every entry, see `round_rest_`.
+    Loaded, it has exactly the weights that it has now: of a model with latents those that `bake` gives. Other tensors
+    take 16 bits where these hold every entry, see `round_rest_`.
 
     Args:
         model: a transformers model with latents (see `methods.lilnetx.reparametrize`), or one that has been compressed
@@ -181,7 +181,7 @@ def integer_latents(
             "that ends with intB, such as int8 or unstructured:0.8+int8, or train with LilNetXTrainer"
         )
     if any(fields["kind"] == "factored" for fields in describe(model).values()):
-        raise ValueError("a layer in two factors cannot be coded; use storage factored")
+        raise ValueError("a layer in two factors cannot be coded; leave storage out, which stores the factors")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     targets = {n: t for n, t in find_targets(model, include, exclude).items() if uses[id(t.parameter)] == 1}
     if not targets:

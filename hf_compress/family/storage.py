@@ -62,7 +62,9 @@ def save_model(
         return "coded"
     if any(factored_layers(model)):
         if storage == "dense":
-            raise ValueError("layers in two factors have no plain form; compress the dense checkpoint with low_rank")
+            raise ValueError(
+                "layers in two factors have no plain form; compress the dense model with low_rank and storage dense"
+            )
         model.save_pretrained(folder)
         return "factored"
     weights = integer_weights(model, pattern, include, exclude) if storage is None else {}
@@ -149,8 +151,11 @@ def as_plain(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     plain, state = type(model)(config), model.state_dict()
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    return plain.to(model.dtype).train(model.training)
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)  # types may differ
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain.train(model.training)
 
 
 def count_scales(model: nn.Module) -> int:

@@ -20,11 +20,15 @@ class Loader(HfQuantizer):
         return True
 
     def remove_quantization_config(self, model: Any) -> None:
-        """As of every loader, but the names that the checkpoint gave to weights are still those of a save."""
+        """As of every loader, from all parts of the model, but names that the checkpoint gave to weights are kept."""
         names_on_disk = vars(model).get("_weight_conversions")
         super().remove_quantization_config(model)
         if names_on_disk is not None:  # transformers 5.24 forgets them
             model._weight_conversions = names_on_disk
+        for module in model.modules():  # some have a copy of the config
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
 
 
 def refuse_offload(device_map: Any, done: str, way_out: str) -> None:

@@ -53,10 +53,6 @@ class Pruner(Loader):
         return None if name in self._targets else dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():  # some have a copy of the config
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
         parameters = dict(model.named_parameters())
         homes = {name: parameter.device for name, parameter in parameters.items()}
         if len(set(homes.values())) > 1:  # weights of all devices are compared with each other
@@ -76,5 +72,3 @@ class Pruner(Loader):
                 f"{name} for one: {reason}"
             )
         return model
-
-    # Loaded models keep no quantizer that could be asked.

@@ -1,7 +1,8 @@
 """Sizes of a MiniLM in 16 bits, int8 and entropy-coded, beside zstd -19: the encoder's weights, and all files.
 
 Patterns are applied in one shot to the weights of the encoder (10.6 of 22.6 million parameters); embeddings, norms and
-biases stay in float32 beside them, so that the first column tells the codec and the second what a download is.
+biases stay in float32 beside them, so that the first column tells the codec and the second what a download is. Files of
+compressed-tensors, which int8 alone has, are those that `save_pretrained` would make, and the same behind zstd.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/coded_sizes.py --model MINILM \\
         --output recipes/benchmarks/results/coded_sizes.json
@@ -22,8 +23,9 @@ from transformers import AutoModel
 
 import hf_compress as hfc
 from hf_compress.codec import encode, entropy_bits
-from hf_compress.family.coded import integer_latents, save_coded
+from hf_compress.family.coded import integer_latents, round_rest_, save_coded
 from hf_compress.family.footprint import disk_bytes
+from hf_compress.family.storage import save_model
 
 PATTERNS = ("int8", "int4", "2:4+int8", "unstructured:0.8+int8")
 
@@ -54,16 +56,36 @@ def sizes_of(model: Any, pattern: str, count: int) -> dict[str, dict[str, float]
     blobs, groups = encode(latents, decoders)
     own = sum(map(len, blobs.values())) + len(groups)
     scales = sum(4 * len(each.values) for each in latents.values())
-    with tempfile.TemporaryDirectory() as folder:
-        save_coded(model, Path(folder) / "coded", pattern)
-        rest = disk_bytes(Path(folder) / "coded")[0] - own
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        integers = integer_files(model, pattern, folder / "int8")
+        save_coded(model, folder / "coded", pattern)
+        rest = disk_bytes(folder / "coded")[0] - own
+        round_rest_(model)
+        save_coded(model, folder / "half", pattern)
+        half = disk_bytes(folder / "half")[0]
     weights = {
         "a byte each": count + scales,
         "zstd -19": len(small) + scales,
         "coded": own,
         "entropy": round(sum(map(entropy_bits, latents.values())) / 8) + scales,
     }
-    return {f"{pattern}, {name}": {"weights": size, "files": rest + size} for name, size in weights.items()}
+    rows = {f"{pattern}, {name}": {"weights": size, "files": rest + size} for name, size in weights.items()}
+    rows[f"{pattern}, coded, the rest in 16 bits"] = {"weights": own, "files": half}
+    for name, files in integers.items():
+        same = "zstd -19" if name.endswith("zstd -19") else "a byte each"
+        rows[f"{pattern}, {name}"] = {"weights": weights[same], "files": files}
+    return rows
+
+
+def integer_files(model: Any, pattern: str, folder: Path) -> dict[str, int]:
+    """Of all files in the format of compressed-tensors, and of the same behind zstd; empty for fewer bits than 8."""
+    if save_model(model, folder, hfc.parse_pattern(pattern)) != "int8":
+        return {}
+    path, total = folder / "model.safetensors", disk_bytes(folder)[0]
+    data = path.read_bytes()
+    small = len(zstandard.ZstdCompressor(19).compress(data))
+    return {"compressed-tensors": total, "compressed-tensors, zstd -19": total - len(data) + small}
 
 
 def files_of(model: Any) -> int:
