@@ -11,7 +11,6 @@ import torch
 from ....distributed import local
 from ....selection import CHUNK
 
-
 _BLOCK = 1024
 
 
