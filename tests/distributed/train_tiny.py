@@ -177,6 +177,7 @@ def main():
     weights = {n: gathered(p).detach().clone() for n, p in live}
     torch.save(weights, options.output_dir / ("weights.pt" if rank == 0 else f"weights{rank}.pt"))
     if dist.is_initialized():
+        dist.barrier()  # no process ends while the other still talks to it
         dist.destroy_process_group()
 
 
