@@ -60,17 +60,18 @@ class Regularization(TrainerCallback):
         """The Trainer has unscaled and clipped the gradients, which are alike on all ranks."""
         layers = [layer for layer in latent_layers(self.model) if layer.latent.requires_grad]
         task = [layer.latent.grad for layer in layers]
-        rate = self._rate_gradients(layers, state.global_step)
+        count = latent_count(self.model)
+        rate = self._rate_gradients(layers, count, state.global_step)
         self._weigh(state.global_step, _norm(task), _norm(rate))
         for layer, own, added in zip(layers, task, rate, strict=True):
             added.mul_(self.rate_weight)
             layer.latent.grad = added if own is None else own.add_(added)
-            self._add_priors(layer)
+            self._add_priors(layer, count)
         self.optimizer.step()
 
-    def _rate_gradients(self, layers: list[Layer], step: int) -> list[torch.Tensor]:
+    def _rate_gradients(self, layers: list[Layer], count: int, step: int) -> list[torch.Tensor]:
         """Of the bits per parameter, for the latents; those of the entropy models are left in their `.grad`."""
-        device, count = self.rate_weight.device, latent_count(self.model)
+        device = self.rate_weight.device
         generator = torch.Generator(device).manual_seed((self.args.seed << 32) + step)
         self.optimizer.zero_grad()
         bits = torch.zeros((), device=device)
@@ -92,8 +93,8 @@ class Regularization(TrainerCallback):
             ratio = self._numbers["task_norm"] / self._numbers["rate_norm"].clamp_min(1e-30)
             self._numbers["rate_weight"] = self.args.rate_ratio * ratio
 
-    def _add_priors(self, layer: Layer) -> None:
-        args, count, terms = self.args, latent_count(self.model), []
+    def _add_priors(self, layer: Layer, count: int) -> None:
+        args, terms = self.args, []
         if args.l2_weight:
             terms.append(args.l2_weight * layer.scaled.square().sum())
         if args.slice_weight and layer.decoded.block:
