@@ -3,7 +3,7 @@
 All runs start from the same trained ResNet-20 and take one epoch of SGD (782 steps of 64 images, learning rate 0.01,
 cosine). "sgd" is saved in int8, coded and as tensors behind zstd -19, and pruned in one shot (batch norms recalibrated)
 with the rest in int8, coded. "gradual" is pruned on the cubic schedule while it trains. "lilnetx" has a run for each
-point of its curve. No arm was tuned. In all files batch norms are folded and what is no weight has 16 bits. Sizes are
+point of its curve. No arm was tuned; all compute in bfloat16 (autocast). In all files batch norms are folded and what is no weight has 16 bits. Sizes are
 those of all files that `from_pretrained` needs; accuracies are of that load, in a process of its own, on all test
 images.
 
@@ -50,6 +50,7 @@ TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "weight_decay": 5e-4,
     "max_grad_norm": 0.0,
+    "bf16": True,
     "remove_unused_columns": False,
 }
 ONE_SHOT = ["int8", *(f"unstructured:{share}+int8" for share in (0.5, 0.7, 0.8, 0.9))]

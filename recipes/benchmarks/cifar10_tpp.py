@@ -4,7 +4,8 @@ All runs start from the same trained weights and take 4,000 steps of 64 images i
 (without the Gram term), regularize for 3,000 steps (the short profile: U = 2,000, S = 1,000) at the published learning
 rate of 1e-3, remove, and retrain for 1,000. L1 removes the same filters at once and retrains for all 4,000 steps. The
 learning rate of the retraining is chosen for each arm out of two, with 95 % removed, seed 0, and 5,000 training images
-that these runs do not train on; the final runs train on all images, and they alone look at the test images.
+that these runs do not train on; the final runs train on all images, and they alone look at the test images. All arms
+compute in bfloat16 (autocast), which is what a CPU is fastest with; weights and penalties are float32.
 
 The images are a lossy JPEG copy of CIFAR-10, so accuracies are not comparable with published ones. Runs are kept in a
 folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them between two processes.
@@ -51,6 +52,7 @@ TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "weight_decay": 5e-4,
     "max_grad_norm": 0.0,
+    "bf16": True,
     "trainability_samples": 32,
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
