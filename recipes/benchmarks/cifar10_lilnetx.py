@@ -3,9 +3,9 @@
 All runs start from the same trained ResNet-20 and take one epoch of SGD (782 steps of 64 images, learning rate 0.01,
 cosine). "sgd" is saved in int8, coded and as tensors behind zstd -19, and pruned in one shot (batch norms recalibrated)
 with the rest in int8, coded. "gradual" is pruned on the cubic schedule while it trains. "lilnetx" has a run for each
-point of its curve. No arm was tuned; all compute in bfloat16 (autocast). In all files batch norms are folded and what is no weight has 16 bits. Sizes are
-those of all files that `from_pretrained` needs; accuracies are of that load, in a process of its own, on all test
-images.
+point of its curve. No arm was tuned; all compute in bfloat16 (autocast). In all files batch norms are folded and what
+is no weight has 16 bits. Sizes are those of all files that `from_pretrained` needs; accuracies are of that load, in a
+process of its own, on all test images.
 
 The images are a lossy JPEG copy of CIFAR-10, so accuracies are not comparable with published ones. Runs are kept in a
 folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them between two processes.
