@@ -33,7 +33,7 @@ def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samp
 
     Source: batch-norm tuning of CrAM (Peste et al., ICLR 2023); a plain average stands for its moving one.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for _, m in _norms_with_statistics(model)]
     if not norms:
         return 0
     was_training = {m: m.training for m in model.modules()}
@@ -56,6 +56,19 @@ def recalibrate_batch_norm(model: nn.Module, dataloader: Iterable[Any], num_samp
         for module, training in was_training.items():
             module.training = training
     return used
+
+
+def batch_norm_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of every batch norm, by name: the buffers themselves, no copies."""
+    return {
+        f"{prefix}.{name}" if prefix else name: norm.get_buffer(name)
+        for prefix, norm in _norms_with_statistics(model)
+        for name in ("running_mean", "running_var")
+    }
+
+
+def _norms_with_statistics(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 @torch.no_grad()

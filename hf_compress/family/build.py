@@ -27,6 +27,7 @@ from .footprint import count_macs, count_parameters, disk_bytes
 from .latency import measure_latency
 from .manifest import Manifest, commit_folder, start_folder, write_manifest
 from .plots import plot_family
+from .statistics import SLIDER_SHARES, measure_statistics
 from .storage import changes_shapes, check_storage, count_scales, load_model, save_model
 from .variant import Variant
 
@@ -41,6 +42,7 @@ def build_family(
     output_dir: str | Path = "family",
     *,
     calibration_samples: int = 1000,
+    slider_shares: Sequence[float] = SLIDER_SHARES,
     example_inputs: Mapping[str, Any] | None = None,
     method: str = "one_shot",
     task: str | None = None,
@@ -56,8 +58,9 @@ def build_family(
 ) -> Family:
     """Save a model and variants of it, each cut in one shot from the saved dense checkpoint, with measured numbers.
 
-    The folder appears when everything is in it: dense/, a folder for each variant, plots/ and family.json with the
-    hash of every file. With several processes all of them call this; rank 0 writes, all evaluate.
+    The folder appears when everything is in it: dense/, a folder for each variant, batch_norm.safetensors where there
+    are batch norms and data for them, plots/ and family.json with the hash of every file. With several processes all of
+    them call this; rank 0 writes, all evaluate.
 
     Args:
         model: with `save_pretrained` and `from_pretrained`; it is not changed.
@@ -67,6 +70,8 @@ def build_family(
         calibration_data: batches of training data (iterated anew for every variant) for batch-norm statistics.
         output_dir: a new folder, an empty one, or an older family that is replaced at the end.
         calibration_samples: how many samples to take at most.
+        slider_shares: of unstructured patterns whose batch-norm statistics are stored for the dense checkpoint,
+            with those of the variants, so that pruning on load needs no data; not where it has no batch norms.
         example_inputs: keyword arguments of the model for MACs and latency; the first sample of `calibration_data`
             by default.
         method: that trained the model.
@@ -105,6 +110,7 @@ def build_family(
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
     job.remove, job.multiple_of, job.storage = remove, multiple_of, storage
+    job.patterns, job.slider_shares = [p for p in cut if p not in made], slider_shares
     try:
         checkpoints: list[Variant] = []
         with _without_progress_bars():
@@ -140,6 +146,8 @@ class _Job:
     remove: bool = False
     multiple_of: int = 1
     storage: str | None = None
+    patterns: Sequence[Pattern] = ()
+    slider_shares: Sequence[float] = ()
 
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None, trained: Any = None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
@@ -148,6 +156,8 @@ class _Job:
         report, storage = run_on_main(lambda: self._write(name, pattern, trained))
         loaded = self._load(name)
         numbers = run_on_main(lambda: self._measure(name, loaded))  # before evaluate, which may change the type
+        if pattern is None and self.calibration_data is not None:
+            run_on_main(self._write_statistics)
         metrics: dict[str, float | None] = {}
         if self.evaluate is not None:
             with torch.no_grad():
@@ -186,6 +196,13 @@ class _Job:
         if not is_cut:  # a share of 0 changes nothing and counts the zeros
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
         return report, storage
+
+    def _write_statistics(self) -> None:
+        globs = self.include, self.exclude
+        samples = self.calibration_data or [], self.calibration_samples
+        pack = measure_statistics(lambda: self._load("dense"), self.patterns, self.slider_shares, *samples, *globs)
+        if pack is not None:
+            pack.save(self.folder)
 
     def _measure(self, name: str, loaded: Any) -> dict[str, Any]:
         raw, compressed = disk_bytes(self.folder / name)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ..family.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from ..family.variant import Variant
+from ..loading.statistics import STATISTICS
 
 PLOTS = "plots"
 RECIPE = "recipe.yaml"
@@ -57,6 +58,8 @@ def fetch_checkpoint(manifest: Manifest, variant: Variant, repo_id: str, token: 
         OSError: if the Hub refuses or cannot be reached.
     """
     files = manifest.files_of(variant)
+    if variant.pattern is None and STATISTICS in manifest.files:  # on main it stands beside the checkpoint
+        files[STATISTICS] = manifest.files[STATISTICS]
     # The dense checkpoint stands beside the manifest, in the commit that the manifest was read from.
     revision = manifest.folder.name if variant.pattern is None else variant.revision
     try:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..family.manifest import MANIFEST, Manifest, sha256
+from ..loading.statistics import STATISTICS
 from .card import render_card, render_recipe, render_variant_card
 from .download import CARD, PLOTS, RECIPE
 
@@ -63,7 +64,8 @@ def publish(
 def _files_of_main(manifest: Manifest, repo_id: str) -> dict[str, Path | bytes]:
     dense = manifest.folder / manifest.dense.path
     wanted: dict[str, Path | bytes] = {name: dense / name for name in manifest.files_of(manifest.dense)}
-    wanted |= {name: manifest.folder / name for name in manifest.files if name.startswith(f"{PLOTS}/")}
+    beside = (name for name in manifest.files if name.startswith(f"{PLOTS}/") or name == STATISTICS)
+    wanted |= {name: manifest.folder / name for name in beside}
     wanted[MANIFEST] = manifest.folder / MANIFEST
     wanted[CARD] = render_card(manifest, repo_id).encode()
     if manifest.recipe:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..calibration import batch_norm_statistics
 from ..oneshot import compress
+from ..patterns import parse_pattern
 from ..targets import find_targets
 from .base import Loader, refuse_offload
 from .config import METHOD, UPGRADE, HfCompressConfig
+from .statistics import StatisticsPack, find_pack, renew_
 
 logger = logging.get_logger(__name__)
 
@@ -28,11 +31,14 @@ class Pruner(Loader):
         self._targets: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}  # name of a parameter to the type that it ends in
         self._is_lent = False
+        self._pack: StatisticsPack | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         refuse_offload(device_map, "pruned", " and this quantization_config")
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
                 "weights that are dealt to several processes cannot be pruned while they are loaded; load with this "
@@ -40,6 +46,8 @@ class Pruner(Loader):
             )
         self._targets = set(find_targets(model, *self._globs))
         self._dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+        if batch_norm_statistics(model):
+            self._pack = find_pack(model, checkpoint_files)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         dtype = super().get_new_dtype(converter, param, dtype)
@@ -70,5 +78,10 @@ class Pruner(Loader):
             logger.warning(
                 f"{report.pattern} left {len(report.skipped)} of {len(report.layers)} weights dense, "
                 f"{name} for one: {reason}"
+            )
+        if why := renew_(model, parse_pattern(self._pattern), self._pack, self._globs):
+            logger.warning(
+                f"batch norms keep the statistics of the dense weights, which costs accuracy: {why}; "
+                "hf_compress.recalibrate_batch_norm(model, training_batches) renews them"
             )
         return model
