@@ -13,16 +13,18 @@ _ROOM_OF = {
     "Family": "family",
     "Variant": "variant",
     "build_family": "build",
+    "is_family": "family",
     "load_family": "family",
     "save_coded": "coded",
 }
 
-__all__ = ["Family", "Variant", "build_family", "load_family", "save_coded"]
+__all__ = ["Family", "Variant", "build_family", "is_family", "load_family", "save_coded"]
 
 if TYPE_CHECKING:
     from .build import build_family as build_family
     from .coded import save_coded as save_coded
     from .family import Family as Family
+    from .family import is_family as is_family
     from .family import load_family as load_family
     from .variant import Variant as Variant
 

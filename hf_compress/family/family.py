@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..hub import Publication, fetch_checkpoint, fetch_manifest, is_repo_id, publish
 from ..patterns import Pattern
@@ -68,18 +69,28 @@ class Family(Manifest):
         private: bool | None = None,
         token: str | bool | None = None,
         commit_message: str | None = None,
+        create_pr: bool = False,
+        overwrite: bool = False,
+        own_repositories: bool = False,
     ) -> Publication:
         """Publish the family: each variant on a revision of its own, the dense checkpoint, manifest and card on main.
 
         Files that the Hub has already are not sent, and a revision of which all files are there gets no commit. Main
         comes last, so that its manifest never names what is not there; a push that was cut off is completed by the
-        next one.
+        next one. Faults that pass (errors of the server, lost connections, another push to the same repository) are
+        waited out, up to five tries. Nothing is deleted but weights and plots of an older family on the same revision,
+        which stay in its history.
 
         Args:
-            repo_id: "name" or "user/name"; made if it is not there.
-            private: of a new repository.
+            repo_id: "name", "user/name" or "organisation/name"; made if it is not there.
+            private: of a new repository, and a new collection.
             token: with write access, the one of `hf auth login` by default.
             commit_message: of every commit.
+            create_pr: leave main as it is and open a pull request with what is new there. Revisions of variants are
+                written at once, since the Hub takes pull requests to main alone.
+            overwrite: also a repository with weights that are no family.
+            own_repositories: put each variant on main of a repository "{repo_id}-{revision}" instead of a revision,
+                and all of them into a collection. `load_family` and `path_to` find them there.
 
         Returns:
             Where it is, and the commit of each revision (None where nothing had changed).
@@ -92,13 +103,42 @@ class Family(Manifest):
         if self.repo_id is not None:
             raise ValueError(f"this family lies on the Hub already, in {self.repo_id}; duplicate that repository there")
         verify_files(self.folder, self.files)
-        return publish(self, repo_id, private=private, token=token, commit_message=commit_message)
+        return publish(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            overwrite=overwrite,
+            own_repositories=own_repositories,
+        )
 
 
 def _family_in(folder: Path) -> Path:
     """A trainer leaves its family in a folder of its output."""
     inside = folder / "_family"
     return inside if not (folder / MANIFEST).is_file() and (inside / MANIFEST).is_file() else folder
+
+
+def is_family(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder, or a repository on the Hub, holds the manifest of a family; no other file is asked for.
+
+    Args:
+        name: a folder, or the id of a repository.
+        revision: of the repository.
+    """
+    folder = Path(name)
+    if folder.exists() or not is_repo_id(str(name)):
+        return (folder / MANIFEST).is_file()
+    from transformers.utils import cached_file
+
+    faults = ("gated_repo", "missing_entries", "connection_errors")
+    lenient: dict[str, Any] = {f"_raise_exceptions_for_{fault}": False for fault in faults}
+    try:
+        return cached_file(str(name), MANIFEST, revision=revision, **lenient) is not None
+    except (OSError, ValueError):  # no such repository or revision, which whoever reads it says
+        return False
 
 
 def load_family(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Family:

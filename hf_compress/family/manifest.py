@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -167,6 +168,8 @@ def _parse(folder: Path, content: Any) -> Manifest:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & {"\\", "\0"}:
             raise ValueError(f"{name!r} is not inside the folder")
     for variant in manifest.checkpoints:
+        if not re.fullmatch(r"\w[\w.-]*", variant.revision, re.ASCII) or ".." in variant.revision:
+            raise ValueError(f"{variant.revision!r:.80} is no revision of ours")
         if not manifest.files_of(variant):
             raise ValueError(f"{variant.path!r} is not inside the folder, or holds no file")
     return manifest

@@ -10,7 +10,7 @@ from ..loading.statistics import AS_TRAINED, StatisticsPack
 from ..oneshot import compress
 from ..patterns import Coded, LowRank, Pattern, Unstructured
 
-SLIDER_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SLIDER_SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 def measure_statistics(

@@ -39,10 +39,11 @@ def _row(variant: Variant, dense: Variant, metric: str | None, shrinks: bool) ->
     time = "-" if latency is None else f"{latency['milliseconds'] / latency['dense_milliseconds']:.2f} x"
     if latency and variant.pattern is None:
         time = f"{latency['milliseconds']:.2f} ms"
-    return [*row, _size(variant.bytes), _size(variant.compressed_bytes), time]
+    return [*row, format_size(variant.bytes), format_size(variant.compressed_bytes), time]
 
 
-def _size(count: int) -> str:
+def format_size(count: int) -> str:
+    """Bytes in B, kB, MB or GB, powers of 1000."""
     size, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..family.manifest import JOINED, Manifest
 from ..family.table import main_metric, table_rows
 from ..family.variant import Variant
+from ..loading.statistics import AS_TRAINED, STATISTICS, StatisticsPack
+from .download import own_repository
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _AUTO_CLASSES = {
@@ -37,22 +40,26 @@ _METHODS = {
 _EMBEDDED_DATA = ("digits",)
 
 
-def render_card(manifest: Manifest, repo_id: str) -> str:
+def render_card(manifest: Manifest, repo_id: str, own_repositories: bool = False) -> str:
     """The card of a family, in Markdown with metadata on top.
 
     Args:
         manifest: of the family; its folder holds the dense checkpoint.
         repo_id: where it is, or will be, published.
+        own_repositories: whether variants are in repositories of their own instead of revisions.
     """
     metric = main_metric(manifest.dense.metrics)
     header, *rows = table_rows(manifest)
-    cells = [[*header, "revision"]]
-    cells += [[*row, f"`{v.revision}`"] for row, v in zip(rows, manifest.checkpoints, strict=True)]
+    place = _places(repo_id, own_repositories)
+    cells = [[*header, "repository" if own_repositories else "revision"]]
+    cells += [[*row, place(v, "`")] for row, v in zip(rows, manifest.checkpoints, strict=True)]
     best = _best_variant(manifest, metric)
     card = ModelCard.from_template(
         _card_data(manifest, repo_id, metric),
         template_path=str(_TEMPLATES / "family.md"),
         repo_id=repo_id,
+        place=place,
+        has_own=own_repositories,
         title=repo_id.split("/")[-1],
         manifest=manifest,
         is_prepared=manifest.method in _PREPARING,
@@ -65,6 +72,7 @@ def render_card(manifest: Manifest, repo_id: str) -> str:
         model_class=_model_class(manifest),
         example=best,
         slider_pattern="unstructured:0.6",
+        slider_known=_slider_patterns(manifest),
         needs_us=[v for v in manifest.checkpoints if v.loads_with != "transformers"],
         stored_int8=[v for v in manifest.variants if v.storage == "int8"],
         skipped=[v for v in manifest.variants if v.skipped],
@@ -73,14 +81,16 @@ def render_card(manifest: Manifest, repo_id: str) -> str:
     return str(card)
 
 
-def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str) -> str:
-    """The page of one revision: its own row beside the dense one, and where the family is."""
+def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str, own_repositories: bool = False) -> str:
+    """The page of one revision, or own repository: its row beside the dense one, and where the family is."""
     rows = table_rows(manifest)
     own = rows[1 + manifest.checkpoints.index(variant)]
     card = ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=_tags(manifest), pipeline_tag=manifest.task),
         template_path=str(_TEMPLATES / "variant.md"),
         repo_id=repo_id,
+        place=_places(repo_id, own_repositories),
+        has_own=own_repositories,
         variant=variant,
         table=_markdown_table([rows[0], rows[1], own]),
         model_class=_model_class(manifest),
@@ -92,6 +102,26 @@ def render_recipe(manifest: Manifest) -> str:
     """The recipe of the training, as `hf-compress train` takes it."""
     own = {key: value for key, value in manifest.recipe.items() if key != JOINED}
     return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
+
+
+def _places(repo_id: str, own_repositories: bool) -> Callable[[Variant, str], str]:
+    """Says where a checkpoint is: as arguments of `from_pretrained` in double quotes, or as the cell of a table."""
+
+    def place(variant: Variant, quote: str = '"') -> str:
+        own = own_repository(repo_id, variant) if own_repositories and variant.pattern else repo_id
+        if quote != '"':
+            return f"{quote}{own if own_repositories else variant.revision}{quote}"
+        return f'"{own}"' + ("" if own_repositories else f', revision="{variant.revision}"')
+
+    return place
+
+
+def _slider_patterns(manifest: Manifest) -> str:
+    """The patterns whose batch-norm statistics are stored, as text; empty for none."""
+    if STATISTICS not in manifest.files:
+        return ""
+    known = StatisticsPack.read(manifest.folder / STATISTICS).tensors
+    return ", ".join(f"`{pattern}`" for pattern in known if pattern != str(AS_TRAINED))
 
 
 def _made(manifest: Manifest) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from ..family.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from ..family.variant import Variant
@@ -16,6 +19,7 @@ from ..loading.statistics import STATISTICS
 PLOTS = "plots"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
+_HISTORY = 100  # commits of a revision that are looked through
 
 
 def is_repo_id(name: str) -> bool:
@@ -50,8 +54,15 @@ def fetch_manifest(repo_id: str, revision: str | None = None, token: str | bool 
     return manifest
 
 
+def own_repository(repo_id: str, variant: Variant) -> str:
+    """The repository of a variant that has one of its own, beside that of its family."""
+    return f"{repo_id}-{variant.revision}"
+
+
 def fetch_checkpoint(manifest: Manifest, variant: Variant, repo_id: str, token: str | bool | None = None) -> Path:
     """Download the files of a checkpoint, and verify them.
+
+    Where a later push has changed the revision since the manifest was read, the files come from its history.
 
     Raises:
         ValueError: if the revision is missing, or its files are not those of the manifest.
@@ -63,9 +74,43 @@ def fetch_checkpoint(manifest: Manifest, variant: Variant, repo_id: str, token: 
     # The dense checkpoint stands beside the manifest, in the commit that the manifest was read from.
     revision = manifest.folder.name if variant.pattern is None else variant.revision
     try:
-        names = [glob.escape(name) for name in files]
-        folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=names)
+        return _fetch(repo_id, revision, files, token)
     except RevisionNotFoundError as error:
-        raise ValueError(f"{repo_id} has no revision {revision}, which its manifest names; push it again") from error
-    verify_files(Path(folder), files)
-    return Path(folder)
+        try:
+            return _fetch(own_repository(repo_id, variant), "main", files, token)
+        except RepositoryNotFoundError:
+            raise ValueError(
+                f"{repo_id} has no revision {revision}, which its manifest names; push it again"
+            ) from error
+
+
+def _fetch(repo_id: str, revision: str, files: dict[str, str], token: str | bool | None) -> Path:
+    """The files of a revision, or of the last of its earlier commits that has them."""
+    names = [glob.escape(name) for name in files]
+
+    def verified(commit: str) -> Path:
+        folder = Path(snapshot_download(repo_id, revision=commit, token=token, allow_patterns=names))
+        verify_files(folder, files)
+        return folder
+
+    try:
+        return verified(revision)
+    except ValueError:
+        for commit in _commits_with(repo_id, revision, files, token):
+            with suppress(ValueError):
+                return verified(commit)
+        raise
+
+
+def _commits_with(repo_id: str, revision: str, files: dict[str, str], token: str | bool | None) -> Iterator[str]:
+    """Earlier commits whose large files are those wanted; nothing where the Hub cannot be asked."""
+    api = HfApi(token=token)
+    try:
+        for commit in api.list_repo_commits(repo_id, revision=revision)[1:_HISTORY]:
+            tree = api.list_repo_tree(repo_id, recursive=True, revision=commit.commit_id)
+            there = {f.path: f for f in tree if isinstance(f, RepoFile)}
+            large = {name: f.lfs.sha256 for name, f in there.items() if f.lfs is not None}
+            if files.keys() <= there.keys() and all(files[n] == h for n, h in large.items() if n in files):
+                yield commit.commit_id
+    except (OSError, OfflineModeIsEnabled):
+        return

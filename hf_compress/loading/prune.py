@@ -79,9 +79,9 @@ class Pruner(Loader):
                 f"{report.pattern} left {len(report.skipped)} of {len(report.layers)} weights dense, "
                 f"{name} for one: {reason}"
             )
-        if why := renew_(model, parse_pattern(self._pattern), self._pack, self._globs):
+        if problem := renew_(model, parse_pattern(self._pattern), self._pack, self._globs):
             logger.warning(
-                f"batch norms keep the statistics of the dense weights, which costs accuracy: {why}; "
-                "hf_compress.recalibrate_batch_norm(model, training_batches) renews them"
+                f"{problem}; that costs accuracy, and hf_compress.recalibrate_batch_norm(model, training_batches) "
+                "gives it back"
             )
         return model

@@ -57,6 +57,14 @@ def test_no_path_leads_out_of_the_folder(manifest, name, place):
         lambda c: c["variants"][0].update(metrics={"accuracy": "high"}),
         lambda c: c["variants"][0].update(bytes=True),
         lambda c: c["files"].update({"dense\0x": "0"}),
+        lambda c: c["variants"][0].update(revision="../../../x"),
+        lambda c: c["variants"][0].update(revision="/etc/passwd"),
+        lambda c: c["variants"][0].update(revision="a..b"),
+        lambda c: c["variants"][0].update(revision="refs/heads/main"),
+        lambda c: c["variants"][0].update(revision=""),
+        lambda c: c["dense"].update(revision="-x"),
+        lambda c: c["variants"][0].update(bytes=1e300),
+        lambda c: c["variants"][0].update(parameters="9" * 400),
     ],
 )
 def test_other_shapes_are_errors_of_ours(manifest, edit):
@@ -69,4 +77,11 @@ def test_other_shapes_are_errors_of_ours(manifest, edit):
 def test_other_texts_are_errors_of_ours(manifest, text):
     manifest.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError):
+        hfc.load_family(manifest.parent)
+
+
+def test_numbers_that_are_too_long_are_errors_of_ours(manifest):
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"schema": 1', '"schema": 1' + "0" * 5000))
+    with pytest.raises(ValueError, match="is no manifest"):
         hfc.load_family(manifest.parent)

@@ -1,8 +1,8 @@
 """A Hub of models on loopback, which the real huggingface_hub client pushes to and loads from over real HTTP.
 
-It knows what the client asks for: create, preupload, LFS, commit, branch, tree, resolve, info. No xet, no pull
-requests, no pages of long listings. A process uses it when HF_ENDPOINT is its url and HF_HUB_DISABLE_XET is 1 before
-huggingface_hub is imported.
+It knows what the client asks for: create, preupload, LFS, commit, branch, tree, resolve, info, pull requests as far as
+a commit opens them, collections. No xet, no pages of long listings. A process uses it when HF_ENDPOINT is its url and
+HF_HUB_DISABLE_XET is 1 before huggingface_hub is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 LARGE = (".safetensors", ".bin", ".png")
+RESET = -1
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,25 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """`with HubServer() as hub`; `before(method, path)` may delay a request, or give a status to refuse it with."""
+    """`with HubServer() as hub`; `before(method, path)` may delay a request, or give a status to refuse it with.
+
+    RESET as a status closes the connection without an answer; `after(method, path)` may do so when all is done.
+    """
 
     def __init__(self, user="tester", token="hf_test", before: Callable[[str, str], int | None] | None = None):
         self.user, self.token, self.before = user, token, before
+        self.after: Callable[[str, str], int | None] | None = None
+        self.collections: dict[str, dict[str, Any]] = {}
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = _Quiet(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -111,8 +119,14 @@ class HubServer:
         return [path for method, path in self.requests if method == "POST" and "/commit/" in path]
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Clients that were killed are no error of the server."""
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
     hub: HubServer
     routes: ClassVar[list[tuple[str, re.Pattern[str], Callable[..., Any]]]] = []
 
@@ -120,6 +134,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status, body: Any = b"", headers=(), kind="application/json"):
+        if status == RESET or (self.hub.after and self.hub.after(self.command, urlsplit(self.path).path) == RESET):
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, not FIN
+            self.connection.close()
+            return
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for key, value in [("Content-Type", kind), ("Content-Length", str(len(body))), *headers]:
@@ -299,6 +318,7 @@ def commit(h, body, name, revision):
     repo = h.repo(name)
     if revision not in repo.branches:
         raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    is_pull_request = h.query.get("create_pr", ["0"])[0] == "1"
     head, title = repo.branches[revision], ""
     files = dict(repo.commits[head])
     for line in body.splitlines():
@@ -318,9 +338,45 @@ def commit(h, body, name, revision):
             del files[value["path"]]
         else:
             raise Refusal(400, message=f"unknown operation {key}")
+    number = sum(branch.startswith("refs/pr/") for branch in repo.branches) + 1
+    if is_pull_request:
+        repo.branches[f"refs/pr/{number}"] = head
+        revision = f"refs/pr/{number}"
     sha = repo.commit(revision, files, title)
     url = f"{h.hub.url}/{name}/commit/{sha}"
-    h.answer(200, {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""})
+    request = {"pullRequestUrl": f"{h.hub.url}/{name}/discussions/{number}"} if is_pull_request else {}
+    h.answer(200, {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": "", **request})
+
+
+def collection_of(h, slug):
+    own = h.hub.collections[slug]
+    items = [{"_id": str(i), "id": item, "type": "model", "position": i} for i, item in enumerate(own["items"])]
+    owner = {"_id": "0", "avatarUrl": "", "fullname": own["owner"], "name": own["owner"], "type": "user"}
+    facts = {"slug": slug, "title": own["title"], "owner": owner, "items": items, "private": own["private"]}
+    return {**facts, "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+
+
+@route("POST", "/api/collections")
+def create_collection(h, body):
+    asked = json.loads(body)
+    slug = f"{asked['namespace']}/{asked['title']}-0123456789abcdef01234567"
+    is_new = slug not in h.hub.collections
+    own = {"title": asked["title"], "owner": asked["namespace"], "private": asked["private"], "items": []}
+    h.hub.collections.setdefault(slug, own)
+    h.answer(200 if is_new else 409, collection_of(h, slug))
+
+
+@route("GET", "/api/collections/(?P<slug>[^/]+/[^/]+)")
+def get_collection(h, body, slug):
+    h.answer(200, collection_of(h, slug))
+
+
+@route("POST", "/api/collections/(?P<slug>[^/]+/[^/]+)/items")
+def add_item(h, body, slug):
+    item, items = json.loads(body)["item"]["id"], h.hub.collections[slug]["items"]
+    is_new = item not in items
+    items.extend([item] * is_new)
+    h.answer(200 if is_new else 409, collection_of(h, slug))
 
 
 @route("GET", "/{id}/resolve/{rev}/(?P<path>.+)")
