@@ -6,6 +6,7 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
+from ..loading.statistics import STATISTICS
 from ..patterns import parse_pattern
 from .manifest import JOINED, Manifest, commit_folder, start_folder, verify_files, write_manifest
 from .plots import plot_family
@@ -34,6 +35,8 @@ def join(family: Manifest, other: Manifest) -> Path:
     try:
         for variant in family.checkpoints:
             _copy(family, variant, partial / variant.path)
+        if STATISTICS in family.files:
+            shutil.copyfile(family.folder / STATISTICS, partial / STATISTICS)
         for variant, here in zip(other.variants, added, strict=True):
             _copy(other, variant, partial / here.path)
         own = {f.name: getattr(family, f.name) for f in fields(Manifest)}  # not what a family on the Hub has beside

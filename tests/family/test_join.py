@@ -85,10 +85,14 @@ def test_names_in_a_manifest_of_others_choose_no_folder(families):
     """A revision is a text of whoever wrote the manifest; the folder follows from the pattern."""
     one, two = families
     content = json.loads((two.folder / "family.json").read_text())
-    content["variants"][0]["revision"] = "../../outside"
+    content["variants"][0]["revision"] = "dense"
     (two.folder / "family.json").write_text(json.dumps(content))
     joined = one.add(two.folder)
     assert joined.variants[-1].path == joined.variants[-1].revision == "filters-0.50"
+    content["variants"][0]["revision"] = "../../outside"
+    (two.folder / "family.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is no revision of ours"):
+        one.add(two.folder)
     assert not (one.folder.parent.parent / "outside").exists()
 
 
