@@ -34,6 +34,45 @@ def test_every_python_block_of_the_cards_runs(here, family, tmp_path):
     assert "unstructured-0.90" in cards[0]
 
 
+def trained(folder):
+    """As TPP leaves it: the variant came from a training, in smaller shapes."""
+    smaller = tiny_bert()
+    hfc.compress(smaller, "heads:0.5", remove=True)
+    return hfc.build_family(
+        tiny_bert(), [], output_dir=folder, method="tpp", task="text-classification", trained={"heads:0.5": smaller}
+    )
+
+
+def coded(folder):
+    return hfc.build_family(
+        tiny_resnet(), ["unstructured:0.5+int8"], output_dir=folder, task="image-classification", storage="coded"
+    )
+
+
+def bare(folder):
+    """No task, no metric, no data."""
+    return hfc.build_family(tiny_bert(), ["2:4"], output_dir=folder)
+
+
+def test_blocks_of_every_kind_of_family_run(here, tmp_path):
+    """Those of the family's page and of its variant's, with revisions and with repositories."""
+    code = []
+    for make in (trained, coded, bare):
+        family = make(tmp_path / make.__name__)
+        (variant,) = family.variants
+        for name, own in ((make.__name__, False), (f"{make.__name__}-own", True)):
+            family.push_to_hub(name, own_repositories=own)
+            repo = here.repos[f"tester/{name}"]
+            page = here.repos[f"tester/{name}-{variant.revision}"].files() if own else repo.files(variant.revision)
+            found = [block for files in (repo.files(), page) for block in blocks(files["README.md"].decode())]
+            assert len(found) == 4
+            assert ("import hf_compress\n" in found[3]) == (make is not bare)
+            assert ("revision=" in found[3]) != own
+            code += [f"exec({block!r}, {{}})" for block in found]
+    output = run_python("\n".join(code), here.environment(tmp_path / "home"))
+    assert all(output.count(pattern) == 2 for pattern in ("heads:0.5", "unstructured:0.5+int8", "2:4 "))
+
+
 def test_the_table_has_every_number_of_the_manifest(family):
     card = render_card(family, "me/six")
     for variant in (family.dense, *family.variants):
