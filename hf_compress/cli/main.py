@@ -14,7 +14,7 @@ hf-compress {__version__}: train models so that they can be pruned afterwards in
   hf-compress train RECIPE [--flag value ...]     train, and cut a family of variants
   hf-compress train --method cram --task image-classification [--flag value ...]
   hf-compress compress MODEL --pattern 2:4 [--pattern unstructured:0.8] --output_dir DIR
-  hf-compress report MODEL                        what pruning would cost it, layer by layer; of a family, its table
+  hf-compress report MODEL [--html]               what pruning would cost it, layer by layer; of a family, its table
   hf-compress push FOLDER REPO                    publish a family on the Hub, each variant on its revision
   hf-compress recipes                             what there is, what it costs, what it reaches
 

@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..family import load_family
+from ..family import Family, is_family, load_family
 from ..family.manifest import MANIFEST
 from ..family.plots import plot_family
+from ..page import save_page
 from ..report import CheckpointReport, inspect_checkpoint
 from ..report.plots import plot_report
 from .table import render
@@ -29,21 +30,26 @@ def report(argv: Sequence[str]) -> None:
         "energy kept, bytes, decay of singular values, bottlenecks. Of a family: its table and picture, from its "
         "manifest.",
     )
-    parser.add_argument("model", help="folder, safetensors file or Hub id of any checkpoint, or the folder of a family")
+    parser.add_argument("model", help="folder, file or Hub id of any checkpoint; folder or Hub id of a family")
     parser.add_argument(
         "--pattern", action="append", help="such as unstructured:0.8 or 2:4; repeatable; a grid of them"
     )
     parser.add_argument("--include", nargs="+", help="globs on names of weights to look at")
     parser.add_argument("--exclude", nargs="+", help="globs on names of weights to leave out")
-    parser.add_argument("--revision", help="of a Hub checkpoint")
+    parser.add_argument("--revision", help="of a Hub checkpoint or family")
     parser.add_argument("--output_dir", help="for report.json, .png and .svg; out/report/NAME by default")
     parser.add_argument("--json", action="store_true", help="print JSON, and write files only to a given --output_dir")
+    parser.add_argument("--html", action="store_true", help="write index.html too: one page, also a static Space")
     args = parser.parse_args(argv)
+    if args.html and args.json and args.output_dir is None:
+        raise ValueError("--json writes files only to a given --output_dir; give one for the page of --html")
     folder = Path(args.output_dir or Path("out", "report", _name(args.model)))
     writes = args.output_dir is not None or not args.json
     if writes:
         _make(folder)
-    if (Path(args.model) / MANIFEST).is_file():
+    # A family on the Hub has its dense checkpoint on main: what is asked of weights is asked of that one.
+    is_of_weights = not Path(args.model).is_dir() and (args.pattern or args.include or args.exclude)
+    if not is_of_weights and is_family(args.model, args.revision):
         _report_family(args, folder, writes)
         return
     found = inspect_checkpoint(
@@ -61,20 +67,30 @@ def report(argv: Sequence[str]) -> None:
         if not args.json:
             print(f"\nreport   {folder / 'report.json'}")
             print("".join(f"picture  {path}\n" for path in paths[:1]), end="")
+        _save_page(args, found, folder)
 
 
 def _report_family(args: argparse.Namespace, folder: Path, writes: bool) -> None:
     """Numbers of a manifest are measured; nothing is measured again."""
-    if args.pattern or args.include or args.exclude or args.revision:
+    is_local = Path(args.model).is_dir()
+    if args.pattern or args.include or args.exclude or (is_local and args.revision):
         raise ValueError(
             f"{args.model} is a family, whose numbers are in its manifest: --pattern, --include, --exclude and "
             f"--revision are for checkpoints, such as {Path(args.model) / 'dense'}"
         )
-    family = load_family(args.model)
-    print((Path(args.model) / MANIFEST).read_text(encoding="utf-8") if args.json else render(family))
+    family = load_family(args.model, args.revision)
+    print((family.folder / MANIFEST).read_text(encoding="utf-8") if args.json else render(family))
     paths = plot_family(family, folder / "sparsity") if writes else []
     if not args.json:
         print("".join(f"\npicture  {path}\n" for path in paths[:1]), end="")
+    _save_page(args, family, folder)
+
+
+def _save_page(args: argparse.Namespace, subject: Family | CheckpointReport, folder: Path) -> None:
+    if args.html:
+        path = save_page(subject, folder, args.revision)
+        if not args.json:
+            print(f"page     {path}")
 
 
 def _name(model: str) -> str:

@@ -40,6 +40,7 @@ ORDER = [
     ("hub", 5),
     ("family", 6),
     ("report", 6),
+    ("page", 6),
     ("training_data", 7),
     ("checkpoints", 7),
     ("compressed_evaluation", 7),
