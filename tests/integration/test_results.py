@@ -53,6 +53,37 @@ def test_numbers_of_cifar10_are_those_of_the_result():
         assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
 
 
+MINILM_ARMS = ("adamw", "sam", "adamw_equal_compute", "cram_multi", "cram_nm")
+
+
+def test_numbers_of_question_answering_are_those_of_the_result():
+    result = result_of("minilm_squad")
+    rows = re.findall(r"^\| F1, (\S+?)(, tuned)? \| (.*) \|$", README, re.M)
+    assert [pattern for pattern, tuned, _ in rows if not tuned] == list(result["mean_f1"]["adamw"])
+    for pattern, tuned, cells in rows:
+        means = [result["mean_f1_tuned" if tuned else "mean_f1"][arm][pattern] for arm in MINILM_ARMS]
+        assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
+
+
+def test_question_answering_meets_its_bars():
+    """CrAM+ is 3 F1 ahead at what it trained for, by every seed, and at most 1 below when dense."""
+    result = result_of("minilm_squad")
+    scores = {}
+    for arm, runs in result["runs"].items():
+        for run in runs:
+            for pattern, score in run["scores"].items():
+                scores[arm, run["settings"]["seed"], pattern] = score["f1"]
+    for arm, pattern in (("cram_multi", "unstructured:0.7"), ("cram_nm", "2:4")):
+        for seed in (0, 1):
+            assert scores[arm, seed, pattern] >= scores["adamw", seed, pattern] + 3
+            assert scores[arm, seed, "dense"] >= scores["adamw", seed, "dense"] - 1
+    mean = result["mean_f1"]
+    recipe = (ROOT / "recipes" / "question-answering" / "minilm_squad_cram.yaml").read_text()
+    for arm, pattern, where in (("cram_multi", "unstructured:0.7", "at 70 %"), ("cram_nm", "2:4", "at 2:4")):
+        assert f"{mean[arm][pattern] - mean['adamw'][pattern]:+.1f} {where}" in recipe
+        assert f"{mean[arm]['dense'] - mean['adamw']['dense']:+.1f} dense" in recipe
+
+
 # What a row of a table of SFW is called, its arm in the result, and the arm that it is compared with.
 SFW_ARMS = {
     "K-sparse": ("k_sparse", "sgd_for_sparse"),

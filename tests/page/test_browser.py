@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from hf_compress.page import render_checkpoint, render_family, save_page
 from hf_compress.report import inspect_checkpoint
@@ -25,8 +26,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -107,7 +106,7 @@ def test_filters_hide_points_and_rows(open_page):
     page.get_by_role("checkbox", name="unstructured", exact=True).uncheck()
     assert set(points(page)) == {"dense", SHARES[4], "4:8", "int8", "2:4+int8", "low_rank:0.75", "neurons:0.5"}
     assert page.locator("#count").text_content() == "7 of 12 shown"
-    assert page.locator("#status").text_content() == "7 of 12 shown"
+    expect(page.locator("#status")).to_have_text("7 of 12 shown")
     page.get_by_role("checkbox", name="unstructured", exact=True).check()
     assert len(points(page)) == 11
 
@@ -149,8 +148,8 @@ def test_one_click_copies(open_page, family):
     row = next(row for row in content_of(render_family(family))["rows"] if row["name"] == "low_rank:0.75")
     button = page.get_by_role("button", name="Copy the Python that loads low_rank:0.75")
     button.click()
-    assert page.locator("#status").text_content() == "Copied the Python that loads low_rank:0.75"
-    assert button.text_content() == "Copied"
+    expect(page.locator("#status")).to_have_text("Copied the Python that loads low_rank:0.75")
+    expect(button).to_have_text("Copied")
     assert clipboard(page) == row["snippet"]
     assert row["snippet"].startswith("import hf_compress\n")
     assert page.locator("#snippet code").text_content() == row["snippet"]
@@ -159,11 +158,11 @@ def test_one_click_copies(open_page, family):
 def test_it_copies_where_there_is_no_clipboard(open_page, family):
     page = open_page(script="navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
     page.get_by_role("button", name="Copy the Python that loads 2:4", exact=True).click()
-    assert page.locator("#status").text_content() == "Copied the Python that loads 2:4"
+    expect(page.locator("#status")).to_have_text("Copied the Python that loads 2:4")
     assert clipboard(page).endswith('nm-2of4")')
     page.evaluate("document.execCommand = () => false")
     page.get_by_role("button", name="Copy the Python that loads int8", exact=True).click()
-    assert "selected below" in page.locator("#status").text_content()
+    expect(page.locator("#status")).to_contain_text("selected below")
     assert page.evaluate("getSelection().toString().trim()").endswith('int8")')
 
 
