@@ -107,7 +107,7 @@ def find_pack(model: Any, checkpoint_files: Sequence[str] | None) -> StatisticsP
     if not checkpoint_files:
         return None
     folder = Path(checkpoint_files[0]).parent
-    for place in (folder, folder.parent):  # a family in a folder has it beside dense/
+    for place in (folder, folder.parent, folder / "_family"):  # beside dense/, and where a Trainer leaves its family
         if (place / STATISTICS).is_file():
             return StatisticsPack.read(place / STATISTICS)
     if "snapshots" not in folder.parts:  # of a folder, not of the cache of the Hub

@@ -53,6 +53,18 @@ def test_numbers_of_cifar10_are_those_of_the_result():
         assert cells.split(" | ") == [f"{mean:.1f}" for mean in means]
 
 
+def test_numbers_of_the_slider_are_those_of_the_result():
+    """At stored shares within 0.3 points of statistics from fresh data."""
+    shares = result_of("slider_statistics")["shares"]
+    rows = re.findall(r"^\| slider, ([\d.]+)(, mixed)? \| (.*) \|$", README, re.M)
+    assert [share for share, _, _ in rows] == ["0.5", "0.7", "0.8", "0.9", "0.875"]
+    for share, mixed, cells in rows:
+        row = shares[share]
+        assert cells.split(" | ") == [f"{row[key]:.1f}" for key in ("as_trained", "stored", "fresh")]
+        assert row["is_stored"] == (not mixed)
+        assert mixed or abs(row["stored"] - row["fresh"]) <= 0.3 + 1e-9
+
+
 MINILM_ARMS = ("adamw", "sam", "adamw_equal_compute", "cram_multi", "cram_nm")
 
 
