@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_compress as hfc
 from hf_compress.methods.cram import CrAM, optimizer
 from hf_compress.targets import Target
+from tests.distributed.launch import end
 
 PATTERNS = ["unstructured:0.5", "unstructured:0.9:layer", "2:4", "int8", "2:4+int8"]
 
@@ -109,7 +110,7 @@ def main(folder):
     stale = train(shard(net(), False, keep_gathered=True), "unstructured:0.5", share, True)
     facts["stale"] = largest_difference(stale, train(net(), "unstructured:0.5", slice(None), True))
     Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import hf_compress as hfc
 from hf_compress.distributed import gathered
 from tests.distributed.fsdp_bare import batches, largest_difference, net, shard
+from tests.distributed.launch import end
 
 REGIONS = [
     "l1(radius=2)",
@@ -58,7 +59,7 @@ def main(folder):
     other, _ = train(net(), REGIONS[4], share)
     facts["alone"] = largest_difference(other, train(net(), REGIONS[4], slice(None))[0])
     Path(folder, f"rank{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

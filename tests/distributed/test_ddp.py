@@ -15,7 +15,7 @@ def single(tmp_path_factory):
 
 def test_two_processes_equal_one(tmp_path, single):
     """4 samples a batch, 2 batches a window, 2 processes: the 16 samples of the single process."""
-    weights, facts = run(tmp_path, "--batch", "4", "--accumulation", "2", "--family", processes=2)
+    weights, facts = run(tmp_path, "--batch", "4", "--accumulation", "2", "--family", processes=2, by_accelerate=True)
     assert [f["world"] for f in facts] == [2, 2]
     assert [f["ddp"] for f in facts] == ["DistributedDataParallel"] * 2
     assert not set(facts[0]["seen"]) & set(facts[1]["seen"])

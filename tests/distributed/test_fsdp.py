@@ -35,7 +35,7 @@ def single(tmp_path_factory):
 def test_the_trainer_equals_one_process(tmp_path, single):
     """4 samples a batch, 2 batches a window, 2 processes: the 16 samples of the single process."""
     flags = ["--batch", "4", "--accumulation", "2", "--fsdp"]
-    weights, facts = run(tmp_path, *flags, "--family", "--save_steps", "2", processes=2)
+    weights, facts = run(tmp_path, *flags, "--family", "--save_steps", "2", processes=2, by_accelerate=True)
     assert [f["world"] for f in facts] == [2, 2]
     assert [f["kinds"] for f in facts] == [["DTensor"]] * 2
     assert not set(facts[0]["seen"]) & set(facts[1]["seen"])

@@ -17,7 +17,7 @@ def one(tmp_path_factory):
 
 def test_two_processes_equal_one(tmp_path, one):
     """With noise and drawn slices, and the family at the end."""
-    two, facts = run(tmp_path, *DDP, "--family", processes=2)
+    two, facts = run(tmp_path, *DDP, "--family", processes=2, by_accelerate=True)
     assert [f["world"] for f in facts] == [2, 2]
     assert [f["ddp"] for f in facts] == ["DistributedDataParallel"] * 2
     assert not set(facts[0]["seen"]) & set(facts[1]["seen"])

@@ -37,7 +37,7 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("kind", [[], ["--fsdp"]], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(tmp_path, single, kind):
     flags = [*FLAGS, "--batch", "4", "--accumulation", "2", *kind]
-    weights, facts = run(tmp_path, *flags, processes=2)
+    weights, facts = run(tmp_path, *flags, processes=2, by_accelerate=kind == "ddp")
     assert [f["world"] for f in facts] == [2, 2]
     assert not set(facts[0]["seen"]) & set(facts[1]["seen"])
     assert facts[0]["kinds"] == (["DTensor"] if kind else ["Parameter"])

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
@@ -17,6 +16,7 @@ import hf_compress as hfc
 from hf_compress.distributed import gathered, local
 from tests.callbacks.runs import ADAMW, MOMENTUM, arguments
 from tests.conftest import image_samples, text_samples, tiny_bert, tiny_vit
+from tests.distributed.launch import end
 
 WEIGHT = "vit.layers.1.mlp.fc2.weight"
 
@@ -163,8 +163,7 @@ def main():
         rank = facts[name]["rank"]
         torch.save(weights, options.output_dir / (f"{name}.pt" if rank == 0 else f"{name}{rank}.pt"))
     (options.output_dir / f"rank{rank}.json").write_text(json.dumps(facts))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 import hf_compress as hfc
 from hf_compress.distributed import gathered, local, reshard
 from tests.conftest import image_samples, tiny_resnet, tiny_vit
+from tests.distributed.launch import end
 
 PATTERNS = ["unstructured:0.9", "unstructured:0.8:layer", "2:4+int8", "neurons:0.5", "heads:0.5", "low_rank:0.5"]
 FAILS_AT = 3  # the second pattern of the first evaluation
@@ -159,8 +159,7 @@ def main():
         rank = facts[name]["rank"]
         torch.save(weights, options.output_dir / f"{name}{rank}.pt")
     (options.output_dir / f"rank{rank}.json").write_text(json.dumps(facts))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from transformers import TrainerCallback
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 import hf_compress as hfc
 from hf_compress.distributed import gathered, local
 from tests.conftest import image_samples, text_samples, tiny_bert, tiny_vit
+from tests.distributed.launch import end
 
 
 class Recording:
@@ -176,9 +176,7 @@ def main():
     live = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     weights = {n: gathered(p).detach().clone() for n, p in live}
     torch.save(weights, options.output_dir / ("weights.pt" if rank == 0 else f"weights{rank}.pt"))
-    if dist.is_initialized():
-        dist.barrier()  # no process ends while the other still talks to it
-        dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":
