@@ -87,6 +87,28 @@ def test_wrong_texts_name_what_is_allowed(text):
         hfc.parse_pattern(text)
 
 
+@pytest.mark.parametrize("layout", ["linear", "conv1d", "nchw", "channels_last", "1x1", "strided"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 5), (1, 300)])
+def test_chunks_on_the_cpu_give_the_mask_of_counting(layout, n, m, monkeypatch):
+    """For every layout in memory, with ties, over several chunks."""
+    from hf_compress.patterns import n_m
+
+    monkeypatch.setattr(n_m, "CHUNK", 64 * m)
+    generator = torch.Generator().manual_seed(m)
+    shape, dim = {"linear": ((33, 2 * m), 1), "conv1d": ((4 * m, 19), 0), "1x1": ((9, 2 * m, 1, 1), 1)}.get(
+        layout, ((9, 2 * m, 3, 3), 1)
+    )
+    weight = torch.randint(-3, 4, shape, generator=generator).float()
+    if layout in ("channels_last", "1x1"):
+        weight = weight.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        weight = weight[:, :, ::2].transpose(2, 3)
+    found = n_m._keep_in_chunks(weight, dim, n, m)
+    assert torch.equal(found, n_m.keep_by_counting(weight, dim, n, m))
+    assert found.sum() * m == n * weight.numel()
+    assert n_m._keep_in_chunks(weight.double(), dim, n, m).equal(found)
+
+
 @pytest.mark.parametrize(("number", "text"), [(124, "2:4"), (248, "4:8"), (61, "1:1")])
 def test_yaml_base_60_numbers_are_quoted_back(number, text):
     with pytest.raises(ValueError, match=f'write "{text}"'):
