@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 import zstandard
 from digits import facts
 from safetensors.torch import load_file
+from turns import in_turns, ratios
 
 from hf_compress.codec import Latents, decode, decode_latents, encode, entropy_bits, read_groups
 from hf_compress.patterns.quantized import quantize
@@ -101,23 +101,22 @@ def measured(tensors: dict[str, Latents], decoder: np.ndarray) -> dict[str, Any]
     for found, t in zip(forms["ours decode"](), tensors.values(), strict=True):
         if not np.array_equal(found.values, t.values):
             raise RuntimeError("a tensor did not come back as it was")
-    seconds = timed(forms, ROUNDS)
+    seconds = in_turns(forms, ROUNDS, warm_up=1)
     sample = values[:SAMPLE].tobytes()
     packed = zstandard.ZstdCompressor(level=19).compress(sample)
-    slow = timed(
+    slow = in_turns(
         {
             "zstd encode": lambda: zstandard.ZstdCompressor(level=19).compress(sample),
             "zstd decode": lambda: zstandard.ZstdDecompressor().decompress(packed),
         },
         ZSTD_ROUNDS,
+        warm_up=1,
     )
     rate = {name: len(values) / 1e6 / statistics.median(s) for name, s in seconds.items()}
     rate |= {name: len(sample) / 1e6 / statistics.median(s) for name, s in slow.items()}
     pairs = [("encode", "bare encode"), ("encode", "bare from int8"), ("decode", "bare decode")]
     ratio = {
-        f"{way}_over_{other.replace(' ', '_')}": statistics.median(
-            b / o for o, b in zip(seconds[f"ours {way}"], seconds[other], strict=True)
-        )
+        f"{way}_over_{other.replace(' ', '_')}": statistics.median(ratios(seconds, other, f"ours {way}"))
         for way, other in pairs
     }
     size = sum(map(len, blobs.values())) + len(data)
@@ -160,18 +159,6 @@ def prepared(values: np.ndarray) -> tuple[np.ndarray, Any]:
     symbols -= symbols.min()
     shares = np.bincount(symbols) / len(symbols)
     return symbols, constriction.stream.model.Categorical(shares, perfect=False)
-
-
-def timed(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; the first one warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for i in range(rounds + 1):
-        for name in forms if i % 2 else reversed(forms):
-            start = time.process_time()
-            forms[name]()
-            if i:
-                seconds[name].append(time.process_time() - start)
-    return seconds
 
 
 def table(cases: dict[str, Any]) -> str:

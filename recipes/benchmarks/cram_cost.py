@@ -9,21 +9,19 @@ of the minima and the median of the ratios are kept. Memory is the peak resident
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from digits import facts
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
+from turns import beside, in_turns
 
 from hf_compress.methods.cram import CrAM
 
@@ -42,8 +40,7 @@ def main() -> None:
     result = {
         "what": __doc__,
         "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {p: importlib.metadata.version(p) for p in ("hf_compress", "torch", "timm", "transformers")},
+        **facts(),
         "time": step_times(),
         "memory": memory(),
     }
@@ -62,19 +59,12 @@ def step_times() -> dict[str, Any]:
         model = timm.create_model("resnet18", num_classes=10)
         sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         steps[name] = stepper(model, CrAM(sgd, model) if name == "cram" else sgd, lambda m: cross_entropy(m(x), y))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(ROUNDS + 2):
-        for name in steps if i % 2 else reversed(steps):
-            start = time.process_time()
-            steps[name]()
-            if i >= 2:
-                seconds[name].append(time.process_time() - start)
-    ratios = [c / p for c, p in zip(seconds["cram"], seconds["plain"], strict=True)]
+    found = beside(in_turns(steps, ROUNDS), "plain")
     return {
         "net": "resnet18, 64 px, batch 16, patterns unstructured 0.5, 0.7, 0.9",
-        "seconds": {name: {"min": min(s), "median": statistics.median(s)} for name, s in seconds.items()},
-        "ratio_of_minima": min(seconds["cram"]) / min(seconds["plain"]),
-        "median_ratio": statistics.median(ratios),
+        "seconds": {name: numbers["seconds"] for name, numbers in found.items()},
+        "ratio_of_minima": found["cram"]["ratio_of_minima"],
+        "median_ratio": found["cram"]["median_ratio"],
         "rounds": ROUNDS,
     }
 

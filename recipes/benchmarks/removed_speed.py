@@ -18,7 +18,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import onnxruntime
 import timm
 import torch
 from transformers import BertConfig, BertModel
+from turns import in_turns, ratios
 
 import hf_compress as hfc
 from hf_compress.family.footprint import count_macs
@@ -103,17 +103,9 @@ def session(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
 
 
 def measured(dense: Callable[[], Any], smaller: Callable[[], Any]) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {"dense": [], "smaller": []}
-    forms = {"dense": dense, "smaller": smaller}
-    for i in range(ROUNDS + 2):
-        for name in forms if i % 2 else reversed(forms):
-            start = time.process_time()
-            forms[name]()
-            if i >= 2:
-                seconds[name].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(seconds["dense"], seconds["smaller"], strict=True)]
+    seconds = in_turns({"dense": dense, "smaller": smaller}, ROUNDS)
     found = {f"{name}_milliseconds": round(1e3 * statistics.median(s), 2) for name, s in seconds.items()}
-    return {**found, "speed_up": round(statistics.median(ratios), 3)}
+    return {**found, "speed_up": round(statistics.median(ratios(seconds, "dense", "smaller")), 3)}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import timm
 import torch
 from digits import facts
 from transformers import BertConfig, BertForSequenceClassification
+from turns import beside, in_turns
 
 from hf_compress.methods.sfw import create_sfw
 
@@ -64,25 +63,16 @@ def measure(model: Any, rescale: str) -> dict[str, Any]:
     base = [torch.randn_like(p) for p in parameters]
     optimizers: dict[str, Any] = {"sgd": torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)}
     optimizers |= {name: create_sfw(model, text, lr=1e-3, rescale=rescale) for name, text in REGIONS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for i in range(ROUNDS + 2):
+
+    def new_gradients() -> None:
         for parameter, gradient in zip(parameters, base, strict=True):
             parameter.grad = gradient.add_(torch.randn_like(gradient), alpha=0.1)
-        names = list(optimizers) if i % 2 else list(reversed(optimizers))
-        for name in names:
-            start = time.process_time()
-            optimizers[name].step()
-            if i >= 2:
-                seconds[name].append(time.process_time() - start)
+
+    seconds = in_turns({name: o.step for name, o in optimizers.items()}, ROUNDS, before=new_gradients)
     size = sum(p.numel() for p in parameters)
     return {
-        name: {
-            "seconds": {"min": min(s), "median": statistics.median(s)},
-            "ratio_of_minima": min(s) / min(seconds["sgd"]),
-            "median_ratio": statistics.median([a / b for a, b in zip(s, seconds["sgd"], strict=True)]),
-            "state_in_copies": state_size(optimizers[name]) / size,
-        }
-        for name, s in seconds.items()
+        name: {**numbers, "state_in_copies": state_size(optimizers[name]) / size}
+        for name, numbers in beside(seconds, "sgd").items()
     }
 
 

@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from datasets import Dataset, load_dataset
 from digits import facts
 from transformers import AutoTokenizer
 from transformers.utils import logging
+from turns import in_turns, ratios
 
 from hf_compress.tasks.question_answering import QuestionAnsweringArguments, features
 from hf_compress.tasks.spans import Windows, answers, best_spans
@@ -54,7 +54,8 @@ def main() -> None:
         "hf_compress_20_best": lambda: best_answers(logits, windows, names, contexts, 20),
         "example": lambda: theirs(questions, rows, logits),
     }
-    seconds, chosen = in_turns(runs)
+    chosen = {name: run() for name, run in runs.items()}
+    seconds = in_turns(runs, ROUNDS, warm_up=0)
     result = {
         "what": __doc__,
         **facts(),
@@ -62,7 +63,9 @@ def main() -> None:
         "questions": len(questions),
         "windows": len(windows.example),
         "seconds": {name: [round(s, 4) for s in values] for name, values in seconds.items()},
-        "example_over": {name: ratio(seconds["example"], seconds[name]) for name in runs if name != "example"},
+        "example_over": {
+            name: round(statistics.median(ratios(seconds, "example", name)), 2) for name in runs if name != "example"
+        },
         "equal_answers": sum(chosen["example"][n] == chosen["hf_compress"][n] for n in names),
     }
     text = json.dumps(result, indent=2)
@@ -103,22 +106,6 @@ def load(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def in_turns(runs: dict[str, Any]) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Processor seconds of every round, and what each chose."""
-    chosen = {name: run() for name, run in runs.items()}  # warm
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
-    return seconds, chosen
-
-
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    return round(statistics.median(b / a for a, b in zip(ours, theirs, strict=True)), 2)
 
 
 if __name__ == "__main__":

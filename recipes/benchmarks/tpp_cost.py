@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from digits import facts
 from transformers import BertConfig, BertForSequenceClassification
+from turns import in_turns, ratios
 
 import hf_compress  # noqa: F401  # registers the nets of the papers
 from hf_compress.methods.tpp import TrainabilityPenalty, select
@@ -42,8 +41,7 @@ def main() -> None:
     result = {
         "what": __doc__,
         "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {p: importlib.metadata.version(p) for p in ("hf_compress", "torch", "timm", "transformers")},
+        **facts(),
         "rounds": ROUNDS,
         "cases": {name: measured(*make()) for name, make in CASES.items()},
     }
@@ -93,16 +91,8 @@ def measured(model: Any, inputs: Any, rules: list[str], gram: dict[str, Any]) ->
 
     forms: dict[str, Callable[[], None]] = {"closed": lambda: penalty.add_gradients(0.5), "training": step}
     forms |= {name: functools.partial(form, 0.5) for name, form in written.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for i in range(ROUNDS + 2):
-        for name in forms if i % 2 else reversed(forms):
-            repeats = 1 if name == "training" else 3
-            start = time.process_time()
-            for _ in range(repeats):
-                forms[name]()
-            if i >= 2:
-                seconds[name].append((time.process_time() - start) / repeats)
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))  # noqa: E731
+    seconds = in_turns(forms, ROUNDS, repeats={name: 3 for name in forms if name != "training"})
+    ratio = lambda a, b: statistics.median(ratios(seconds, a, b))  # noqa: E731
     return {
         "layers": len(pruned),
         "milliseconds": {name: round(1e3 * statistics.median(s), 3) for name, s in seconds.items()},
