@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..calibration import fold_batch_norm_
+from ..calibration import batch_norm_statistics, fold_batch_norm_
 from ..family import build_family
 from ..family.build import save_checkpoint
 from ..family.coded import round_rest_
-from ..family.manifest import commit_folder, start_folder
+from ..family.footprint import disk_bytes
+from ..family.manifest import MANIFEST, commit_folder, start_folder
 from ..family.storage import STORAGES, as_plain, changes_shapes, check_storage
+from ..family.table import format_size
+from ..loading.statistics import StatisticsPack, explained, find_pack, renew_
 from ..oneshot import CompressionReport
 from ..oneshot import compress as compress_model
 from ..patterns import Pattern, parse_pattern
@@ -50,11 +53,8 @@ def compress(argv: Sequence[str]) -> None:
         _check_empty(target)
     model, processing_class = load_checkpoint(args.model, args.revision)
     model = as_plain(model)
-    if args.fold_batch_norm:
-        fold_batch_norm_(model)
-    if args.half_rest:
-        round_rest_(model, args.include, args.exclude)
     if len(patterns) > 1:
+        _fold_and_round(model, args)
         printer = VariantPrinter()
         family = build_family(
             model,
@@ -66,6 +66,7 @@ def compress(argv: Sequence[str]) -> None:
             remove=args.remove,
             multiple_of=args.multiple_of,
             storage=args.storage,
+            statistics=_statistics(model, args),
             progress=printer,
         )
         printer.finish(family)
@@ -80,7 +81,7 @@ def compress(argv: Sequence[str]) -> None:
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
     if report.parameters_removed:
         share = f"{report.parameters_removed} parameters removed"
-    print(f"saved {args.output_dir}: {report.pattern}, {share}{needs_us}")
+    print(f"saved {args.output_dir}: {report.pattern}, {share}, {format_size(disk_bytes(target)[0])}{needs_us}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,13 +117,33 @@ def _write_one(
         _check_empty(target)  # again: start_folder brings back a family whose replacement was interrupted
         if pattern is not None:
             remove = args.remove or changes_shapes(pattern, storage=args.storage)
+            pack = None if remove else _statistics(model, args)
             report = compress_model(model, pattern, args.include, args.exclude, remove, args.multiple_of)
+            if problem := renew_(model, pattern, pack, (args.include, args.exclude)):
+                print(explained(problem))
+        _fold_and_round(model, args)
         save_checkpoint(model, processing_class, partial, pattern, args.include, args.exclude, args.storage)
         commit_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return report
+
+
+def _fold_and_round(model: Any, args: Any) -> None:
+    if args.fold_batch_norm:
+        fold_batch_norm_(model)
+    if args.half_rest:
+        round_rest_(model, args.include, args.exclude)
+
+
+def _statistics(model: Any, args: Any) -> StatisticsPack | None:
+    """The batch-norm statistics that are stored beside the checkpoint."""
+    from transformers.utils import cached_file
+
+    if not batch_norm_statistics(model):
+        return None
+    return find_pack(model, [str(cached_file(args.model, "config.json", revision=args.revision))])
 
 
 def _check_empty(target: Path) -> None:
@@ -141,6 +162,8 @@ def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    if (Path(name) / MANIFEST).is_file():
+        raise ValueError(f"{name} is a family; give one of its checkpoints, such as {Path(name) / 'dense'}")
     unreadable = (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ImportError, StrictDataclassError)
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
@@ -156,7 +179,8 @@ def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
             name, config=config, revision=revision, dtype="auto", output_loading_info=True
         )
     except unreadable as error:
-        raise ValueError(f"cannot load {name}: {error}") from error
+        where = "" if Path(name).exists() else "there is no such folder here, and as a Hub id: "
+        raise ValueError(f"cannot load {name}: {where}{error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} is incomplete: it lacks {len(missing)} weights of {architecture}, first {missing[0]}")

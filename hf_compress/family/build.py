@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging
 
 from ..calibration import like_parameters, recalibrate_batch_norm
 from ..distributed import is_main_process, run_on_main
+from ..loading.statistics import StatisticsPack, explained, renew_
 from ..oneshot import CompressionReport, compress
 from ..patterns import Pattern, Unstructured, distinct_patterns, parse_pattern
 from ..structure import describe
@@ -31,6 +33,8 @@ from .statistics import SLIDER_SHARES, measure_statistics
 from .storage import changes_shapes, check_storage, count_scales, load_model, save_model
 from .variant import Variant
 
+logger = logging.get_logger(__name__)
+
 Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
@@ -43,6 +47,7 @@ def build_family(
     *,
     calibration_samples: int = 1000,
     slider_shares: Sequence[float] = SLIDER_SHARES,
+    statistics: StatisticsPack | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     method: str = "one_shot",
     task: str | None = None,
@@ -72,6 +77,7 @@ def build_family(
         calibration_samples: how many samples to take at most.
         slider_shares: of unstructured patterns whose batch-norm statistics are stored for the dense checkpoint,
             with those of the variants, so that pruning on load needs no data; not where it has no batch norms.
+        statistics: without `calibration_data`, those that are stored for the model, as `find_pack` gives them.
         example_inputs: keyword arguments of the model for MACs and latency; the first sample of `calibration_data`
             by default.
         method: that trained the model.
@@ -110,6 +116,7 @@ def build_family(
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
     job.remove, job.multiple_of, job.storage = remove, multiple_of, storage
+    job.statistics = statistics
     job.patterns, job.slider_shares = [p for p in cut if p not in made], slider_shares
     try:
         checkpoints: list[Variant] = []
@@ -148,6 +155,7 @@ class _Job:
     storage: str | None = None
     patterns: Sequence[Pattern] = ()
     slider_shares: Sequence[float] = ()
+    statistics: StatisticsPack | None = None
 
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None, trained: Any = None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""
@@ -156,7 +164,7 @@ class _Job:
         report, storage = run_on_main(lambda: self._write(name, pattern, trained))
         loaded = self._load(name)
         numbers = run_on_main(lambda: self._measure(name, loaded))  # before evaluate, which may change the type
-        if pattern is None and self.calibration_data is not None:
+        if pattern is None:
             run_on_main(self._write_statistics)
         metrics: dict[str, float | None] = {}
         if self.evaluate is not None:
@@ -187,8 +195,7 @@ class _Job:
             remove = changes_shapes(pattern, self.remove, self.storage)
             sizes = (self.multiple_of, self.example_inputs) if remove else ()
             report = compress(model, pattern, self.include, self.exclude, remove, *sizes)
-            if self.calibration_data is not None:
-                recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
+            self._calibrate(model, pattern, remove)
         folder = self.folder / name
         kind = self.storage if pattern is not None else None
         options = kind, self.example_inputs if self.remove else None
@@ -197,10 +204,19 @@ class _Job:
             report = compress(self._load(name), Unstructured(0.0), self.include, self.exclude)
         return report, storage
 
+    def _calibrate(self, model: Any, pattern: Pattern, is_removed: bool) -> None:
+        """Give the batch norms of a variant its own statistics, or say that they are not."""
+        if self.calibration_data is not None:
+            recalibrate_batch_norm(model, self.calibration_data, self.calibration_samples)
+        elif problem := renew_(model, pattern, None if is_removed else self.statistics, (self.include, self.exclude)):
+            logger.warning(f"{pattern}: {explained(problem)}")
+
     def _write_statistics(self) -> None:
         globs = self.include, self.exclude
-        samples = self.calibration_data or [], self.calibration_samples
-        pack = measure_statistics(lambda: self._load("dense"), self.patterns, self.slider_shares, *samples, *globs)
+        pack = self.statistics
+        if self.calibration_data is not None:
+            samples = self.calibration_data, self.calibration_samples
+            pack = measure_statistics(lambda: self._load("dense"), self.patterns, self.slider_shares, *samples, *globs)
         if pack is not None:
             pack.save(self.folder)
 

@@ -54,7 +54,7 @@ class Family(Manifest):
             ValueError: for a family without variants, of another task or another size of its dense model, or one with
                 a variant that this one has; for files that differ from their hash, and for families on the Hub.
         """
-        found = other if isinstance(other, Family) else load_family(_family_in(Path(other)))
+        found = other if isinstance(other, Family) else load_family(Path(other))
         for family in (self, found):
             if family.repo_id is not None:
                 raise ValueError(f"{family.repo_id} lies on the Hub; families join in folders: download it first")
@@ -125,7 +125,7 @@ def is_family(name: str | Path, revision: str | None = None) -> bool:
     """Whether a folder, or a repository on the Hub, holds the manifest of a family; no other file is asked for.
 
     Args:
-        name: a folder, or the id of a repository.
+        name: a folder, also the output folder of the run that made it, or the id of a repository.
         revision: of the repository.
     """
     folder = Path(name)
@@ -153,7 +153,7 @@ def load_family(name: str | Path, revision: str | None = None, token: str | bool
         ValueError: if there is no manifest, it cannot be understood, or a file is missing or differs from its hash.
         OSError: if the Hub refuses or cannot be reached.
     """
-    folder = Path(name)
+    folder = _family_in(Path(name))
     if not folder.is_dir() and is_repo_id(str(name)):
         manifest = fetch_manifest(str(name), revision, token)
         return Family(**vars(manifest), repo_id=str(name))

@@ -13,7 +13,7 @@ from ..patterns import parse_pattern
 from ..targets import find_targets
 from .base import Loader, refuse_offload
 from .config import METHOD, UPGRADE, HfCompressConfig
-from .statistics import StatisticsPack, find_pack, renew_
+from .statistics import StatisticsPack, explained, find_pack, renew_
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +80,5 @@ class Pruner(Loader):
                 f"{name} for one: {reason}"
             )
         if problem := renew_(model, parse_pattern(self._pattern), self._pack, self._globs):
-            logger.warning(
-                f"{problem}; that costs accuracy, and hf_compress.recalibrate_batch_norm(model, training_batches) "
-                "gives it back"
-            )
+            logger.warning(explained(problem))
         return model

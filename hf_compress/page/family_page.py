@@ -52,6 +52,7 @@ def render_family(family: Manifest) -> str:
         "metrics": [_metric(name) for name in metrics],
         "metric_missing": "No metric: not measured. build_family takes a function `evaluate`, which gives them.",
         "axes": [{**axis, "missing": _missing(axis)} for axis in axes],
+        "start": _start(axes, rows),
         "columns": _columns(axes, bool(metrics)),
         "table_title": "All checkpoints",
         "rows": rows,
@@ -208,6 +209,16 @@ def _is_close(value: float | None, reference: float, is_less_better: bool) -> bo
         return False
     room = _CLOSE * abs(reference)
     return value <= reference + room if is_less_better else value >= reference - room
+
+
+def _start(axes: list[dict[str, str]], rows: list[dict[str, Any]]) -> int:
+    """The first axis over which the checkpoints lie apart: zeros tell nothing of one that was coded or removed."""
+    for i, axis in enumerate(axes):
+        values = [value for row in rows if (value := row["values"][axis["key"]]) is not None]
+        largest = 100 if axis["unit"] == "percent" else max(values, default=0)
+        if values and max(values) - min(values) > 0.05 * largest:
+            return i
+    return 0
 
 
 def _missing(axis: dict[str, str]) -> str:

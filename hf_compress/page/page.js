@@ -2,7 +2,7 @@
 
 const content = JSON.parse(document.getElementById('content').textContent);
 const byId = (id) => document.getElementById(id);
-const chosen = { axis: content.axes[0], metric: content.metrics[0] || null, hidden: new Set() };
+const chosen = { axis: content.axes[content.start || 0], metric: content.metrics[0] || null, hidden: new Set() };
 const rows = content.rows;
 
 for (const row of rows) {

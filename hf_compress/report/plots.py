@@ -39,7 +39,8 @@ def plot_report(report: CheckpointReport, stem: Path) -> list[Path]:
         size, report, ("global",), lambda n: n.compressed_bytes / report.compressed_bytes, "zipped, % of dense"
     )
     _draw_layers(below, report, layers)
-    count = f"{report.parameters / 1e6:.1f} M parameters, {len(report.layers)} layers to compress"
+    millions = report.parameters / 1e6
+    count = f"{millions:.{1 if millions >= 1 else 3}f} M parameters, {len(report.layers)} layers to compress"
     figure.suptitle(f"{Path(report.model).name}: {count}", x=0.01, ha="left", color=_INK, fontsize=12)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]

@@ -71,7 +71,7 @@ def squad_scores(
         unanswerable: score as SQuAD 2.0, and beside for the questions with and without answer.
 
     Returns:
-        "exact_match" and "f1", each also with "_answerable" and "_unanswerable" behind it where those are asked for.
+        "f1" and "exact_match", each also with "_answerable" and "_unanswerable" behind it where those are asked for.
 
     Raises:
         ValueError: without references, or for a prediction whose id has none.
@@ -101,7 +101,7 @@ def squad_scores(
 
 def _in_points(rows: list[tuple[float, float]], suffix: str) -> dict[str, float]:
     exact, f1 = (100 * sum(column) / len(rows) for column in zip(*rows, strict=True))
-    return {f"exact_match{suffix}": exact, f"f1{suffix}": f1}
+    return {f"f1{suffix}": f1, f"exact_match{suffix}": exact}  # the first is the one that a table shows
 
 
 def read_squad_file(path: str) -> Dataset:

@@ -54,8 +54,8 @@ TRAINING: dict[str, Any] = {
     "remove_unused_columns": False,
 }
 ONE_SHOT = ["int8", *(f"unstructured:{share}+int8" for share in (0.5, 0.7, 0.8, 0.9))]
-GRADUAL = (0.8, 0.9)
-POINTS = ((3.0, 5.0), (2.0, 5.0), (1.5, 10.0), (1.0, 5.0), (1.0, 20.0))  # steps_per_std and rate_weight
+GRADUAL = (0.8,)
+POINTS = ((3.0, 5.0), (2.0, 5.0), (1.5, 10.0))  # steps_per_std and rate_weight
 SEEDS = (0, 1)
 
 

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hf_compress as hfc
 from hf_compress.cli import run
 from tests.cli.conftest import failure
-from tests.conftest import tiny_resnet, tiny_vit
+from tests.conftest import image_samples, tiny_resnet, tiny_vit
 
 
 def test_compress_one_pattern_gives_a_checkpoint(tmp_path, capsys):
@@ -132,7 +133,7 @@ def test_remove_cuts_neurons_and_filters_out(tmp_path, capsys):
     plain, described = (line for line in capsys.readouterr().out.splitlines() if line.startswith("saved"))
     assert "parameters removed" in plain
     assert "import hf_compress" not in plain
-    assert "parameters removed; it loads after `import hf_compress`" in described
+    assert "kB; it loads after `import hf_compress`" in described
     assert json.loads((out[0] / "config.json").read_text())["intermediate_size"] == 8  # 4 of 16 without a multiple
     assert AutoModelForImageClassification.from_pretrained(out[1]).timm_model.layer1[0].conv1.out_channels == 2
     assert run(["compress", str(text), "--pattern", "2:4", "--remove", "--output_dir", str(tmp_path / "no")]) != 0
@@ -225,3 +226,57 @@ def test_a_nan_checkpoint_is_named(tmp_path, capsys):
     message = failure(capsys, "compress", tmp_path / "model", "--pattern", "2:4", "--output_dir", tmp_path / "out")
     assert "mlp.fc1.weight' holds NaN" in message
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.fixture
+def trained_cnn(tmp_path):
+    """As a Trainer leaves it: the model, and its family with statistics inside."""
+    samples = torch.stack([s["pixel_values"] for s in image_samples()])
+    model = tiny_resnet()
+    hfc.recalibrate_batch_norm(model, [samples])
+    model.save_pretrained(tmp_path / "cnn")
+    data = [{"pixel_values": samples}]
+    hfc.build_family(model, ["2:4"], None, data, tmp_path / "cnn" / "_family")
+    return tmp_path / "cnn"
+
+
+def statistics_of(folder):
+    stored = load_file(folder / "model.safetensors")
+    return {name: value for name, value in stored.items() if "running" in name}
+
+
+@pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "unstructured:0.5"]])
+def test_statistics_that_are_stored_are_taken(trained_cnn, tmp_path, capsys, patterns):
+    argv = ["compress", str(trained_cnn), "--output_dir", str(tmp_path / "out")]
+    assert run([*argv, *(f"--pattern={p}" for p in patterns)]) == 0
+    assert "batch norms" not in capsys.readouterr().out
+    found = statistics_of(tmp_path / "out" / "nm-2of4" if len(patterns) > 1 else tmp_path / "out")
+    wanted = statistics_of(trained_cnn / "_family" / "nm-2of4")
+    dense = statistics_of(trained_cnn)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert not all(torch.equal(found[name], dense[name]) for name in found)
+    if len(patterns) > 1:  # the slider of the new family works too
+        assert (tmp_path / "out" / "batch_norm.safetensors").is_file()
+
+
+def test_statistics_that_are_not_there_are_said_to_be_missing(trained_cnn, tmp_path, capsys):
+    for pattern, said in (("3:4", "the checkpoint's batch_norm.safetensors is for"), ("2:4+int8", "patterns near 2:4")):
+        name = pattern.replace(":", "-")
+        assert run(["compress", str(trained_cnn), "--pattern", pattern, "--output_dir", str(tmp_path / name)]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert "recalibrate_batch_norm" in out
+    assert run(["compress", str(trained_cnn), "--pattern=filters:0.5", "--remove", f"--output_dir={tmp_path}/r"]) == 0
+    assert "batch norms keep the statistics of the dense weights" in capsys.readouterr().out
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    assert run(["compress", str(tmp_path / "vit"), "--pattern", "2:4", "--output_dir", str(tmp_path / "v")]) == 0
+    assert "batch norm" not in capsys.readouterr().out
+
+
+def test_a_family_is_told_to_be_one(trained_cnn, tmp_path, capsys):
+    argv = ["--pattern", "2:4", "--output_dir", str(tmp_path / "out")]
+    assert run(["compress", str(trained_cnn / "_family"), *argv]) == 2
+    assert "is a family; give one of its checkpoints, such as" in capsys.readouterr().err
+    assert run(["compress", str(tmp_path / "nothing"), *argv]) == 2
+    assert "there is no such folder here" in capsys.readouterr().err
+    assert hfc.load_family(trained_cnn).folder == trained_cnn / "_family"

@@ -148,7 +148,7 @@ def test_one_shot_on_the_command_line(tmp_path, capsys):
     assert compress("model", "out", "low_rank:0.75") == 0
     expected = tiny_vit()
     removed = hfc.compress(expected, "low_rank:0.75", remove=True).parameters_removed
-    line = f"low_rank:0.75, {removed} parameters removed; it loads after `import hf_compress`"
+    line = f"low_rank:0.75, {removed} parameters removed, 17.4 kB; it loads after `import hf_compress`"
     assert line in capsys.readouterr().out
     loaded = t.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert all(torch.equal(v, expected.state_dict()[n]) for n, v in loaded.state_dict().items())

@@ -71,7 +71,9 @@ def test_between_two_shares_both_are_mixed(family, dense, warnings, share, below
     for name, value in found.items():
         torch.testing.assert_close(value, (1 - weight) * low[name] + weight * high[name])
         assert not torch.equal(low[name], high[name])
-    assert [text for text in warnings if f"mixed from shares beside unstructured:{share}; that costs accuracy" in text]
+    assert [
+        text for text in warnings if f"statistics of patterns near unstructured:{share}; that can cost accuracy" in text
+    ]
 
 
 def test_a_model_without_the_head_finds_its_names(dense):
@@ -94,8 +96,8 @@ def test_half_precision_is_no_other_model(dense, dtype, warnings):
 @pytest.mark.parametrize(
     ("pattern", "globs", "why"),
     [
-        ("unstructured:0.97", {}, "its batch_norm.safetensors is for "),
-        ("3:4", {}, "its batch_norm.safetensors is for "),
+        ("unstructured:0.97", {}, "the checkpoint's batch_norm.safetensors is for "),
+        ("3:4", {}, "the checkpoint's batch_norm.safetensors is for "),
         ("unstructured:0.8:layer", {}, "unstructured:0.7:layer"),
         ("unstructured:0.9", {"exclude": ["*classifier*"]}, "is for include=None and exclude=None"),
     ],
@@ -113,7 +115,7 @@ def test_what_the_pack_does_not_know_is_said(family, dense, warnings, pattern, g
 def test_without_a_pack_it_is_said_and_with_nothing_to_renew_it_is_not(dense, tmp_path, warnings):
     (dense / STATISTICS).unlink()
     slide(dense, "unstructured:0.9")
-    assert len([text for text in warnings if "this checkpoint has no batch_norm.safetensors" in text]) == 1
+    assert len([text for text in warnings if "the checkpoint has no batch_norm.safetensors" in text]) == 1
     warnings.clear()
     slide(dense, "unstructured:0")
     vit = hfc.build_family(tiny_vit(), ["2:4"], None, BATCHES, tmp_path / "vit")

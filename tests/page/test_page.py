@@ -279,3 +279,13 @@ def test_the_chart_library_is_the_published_one():
     content = (Path(hf_compress.page.__file__).parent / "chart.umd.min.js").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2"
     assert b"</script" not in content
+
+
+def test_the_page_starts_with_an_axis_that_tells_something(family):
+    assert content_of(render_family(family))["start"] == 0
+    coded = replace(family["int8"], sparsity=0.0, parameters_removed=0, bytes=family.dense.bytes // 3)
+    content = content_of(render_family(replace(family, variants=(coded,))))
+    assert content["axes"][content["start"]]["key"] == "disk"
+    smaller = replace(coded, parameters_removed=family.dense.parameters // 2)
+    content = content_of(render_family(replace(family, variants=(smaller,))))
+    assert content["axes"][content["start"]]["key"] == "removed"
