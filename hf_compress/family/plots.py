@@ -55,6 +55,10 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
         for variant, right, top in zip(others, x, y, strict=True):
             axes.annotate(str(variant.pattern), (right, top), (6, -12), textcoords="offset points", color=_POINT)
     axes.margins(y=0.15)  # room for the names below their points
+    shown = (v.metrics[metric] for v in (family.dense, *variants))
+    if max(value for value in shown if value is not None) <= 1:  # shares do not go above 1, nor matter below a point
+        top = min(axes.get_ylim()[1], 1.005)
+        axes.set_ylim(min(axes.get_ylim()[0], top - 0.02), top)
     if shrinks or is_coded:
         axes.set_xlim(0, 100)
     axes.set_xlabel(_name_of_shares(curve, shrinks, is_coded), color=_INK)
@@ -64,7 +68,7 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")
 
 
 def _saved(variant: Variant, dense: Variant) -> float:

@@ -34,7 +34,7 @@ from hf_compress.family.footprint import disk_bytes
 from hf_compress.methods.lilnetx import integers, latent_count
 from hf_compress.tasks.question_answering import QuestionAnsweringArguments, prepare
 
-POINTS = ((3.0, 0.0), (2.0, 5.0), (1.5, 10.0))  # steps_per_std and rate_weight
+POINTS = ((3.0, 0.0), (2.0, 5.0))  # steps_per_std and rate_weight
 EVERY = 125  # steps from one look to the next
 
 
@@ -104,7 +104,7 @@ def draw(found: list[dict[str, Any]], stem: Path) -> None:
     figure = Figure(figsize=(8.4, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     bits, f1 = figure.subplots(1, 2)
-    colors = ("#8a8a8a", "#2a6fbb", "#d1603d")
+    colors = ("#8a8a8a", "#2a6fbb")
     for color, one in zip(colors, found, strict=True):
         own, seen = one["settings"], one["over_time"]
         name = f"{own['steps_per_std']:g} steps a deviation, rate weight {own['rate_weight']:g}"

@@ -227,3 +227,39 @@ def test_rates_of_the_codec_are_those_of_the_result():
         assert rows[name].split(" | ") == wanted
         assert case["decode_over_bare_decode"] >= 0.8
         assert bits["ours"] <= 1.01 * bits["entropy"]
+
+
+def test_numbers_of_tpp_on_cifar10_are_those_of_the_result():
+    """TPP is ahead by every seed, and by more than the spread of both."""
+    result = result_of("cifar10_tpp")
+    rows = re.findall(r"^\| TPP, (\d+) % \| (.*) \|$", README, re.M)
+    assert [float(share) / 100 for share, _ in rows] == [float(share) for share in result["mean"]]
+    for (_, cells), (share, arms) in zip(rows, result["mean"].items(), strict=True):
+        runs = {arm: [r for r in result["runs"] if r["settings"]["arm"] == arm] for arm in ("tpp", "l1")}
+        runs = {arm: [r for r in own if str(r["settings"]["share"]) == share] for arm, own in runs.items()}
+        wanted = [f"{arms[arm]['mean']:.1f} ± {arms[arm]['std']:.1f}" for arm in runs]
+        wanted.append(", ".join(f"{d:+.1f}" for d in result["tpp_minus_l1"][share]))
+        for of in (lambda r: f"{r['after_removal']}", lambda r: f"{r['trainability']['trainability']}"):
+            means = [statistics.mean(float(of(r)) for r in own) for own in runs.values()]
+            wanted.append(means)
+        *found, after, values = cells.split(" | ")
+        assert found == wanted[:3]
+        assert after == ", ".join(f"{mean:.1f}" for mean in wanted[3])
+        assert values == ", ".join(f"{mean:.2f}" for mean in wanted[4])
+        assert min(result["tpp_minus_l1"][share]) > arms["tpp"]["std"] + arms["l1"]["std"]
+
+
+def test_sizes_of_lilnetx_on_cifar10_are_those_of_the_result():
+    """At equal accuracy (half a point) LilNetX takes at most half of int8 behind zstd."""
+    result = result_of("cifar10_lilnetx")
+    mean = result["mean"]
+    rows = re.findall(r"^\| size, (.*?) \| (.*) \|$", README, re.M)
+    assert [name for name, _ in rows] == list(mean)
+    zstd = mean["zstd"]
+    for name, cells in rows:
+        row = mean[name]
+        wanted = [f"{row['kilobytes']:.1f}", f"{100 * row['kilobytes'] / zstd['kilobytes']:.0f} %"]
+        wanted += [f"{row['points']:.1f}", ", ".join(f"{points:.1f}" for points in row["by_seed"])]
+        assert cells.split(" | ") == wanted
+    equal = [row for name, row in mean.items() if name.startswith("lilnetx") and row["points"] >= zstd["points"] - 0.5]
+    assert min(row["kilobytes"] for row in equal) <= 0.5 * zstd["kilobytes"]
