@@ -50,7 +50,8 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
     if all(w.device.type == "cpu" for w in weights):
-        return _split(_select_on_cpu(weights, num_pruned)[1], weights)
+        flat = _select_on_cpu(weights, num_pruned)[1]
+        return [torch.from_numpy(mask).view(w.shape) for mask, w in zip(flat, weights, strict=True)]
     threshold = kth_smallest_magnitude(weights, num_pruned)
     masks = [_magnitude(w, threshold) > threshold for w in weights]
     _keep_last_ties(weights, masks, threshold, total - num_pruned)
@@ -80,41 +81,44 @@ def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Ten
     return torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(k).values
 
 
-def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> tuple[np.floating, np.ndarray]:
-    """The largest magnitude that is pruned, and the mask of all weights one after the other.
+def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> tuple[np.floating, list[np.ndarray]]:
+    """The largest magnitude that is pruned, and the flat mask of every weight.
 
     A strided sample gives a narrow band around the threshold. One pass over the weights keeps what lies above it and
     gathers what lies inside; only that is ordered.
     """
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     low, high = _confidence_band(weights, num_pruned, dtype)
-    mask = np.empty(sum(w.numel() for w in weights), bool)
+    masks = [np.empty(w.numel(), bool) for w in weights]
     while True:
-        below, places, values = _mark(weights, mask, low, high, dtype)
+        below, places, values = _mark(weights, masks, low, high, dtype)
         if below < num_pruned <= below + values.size:
             break
         low, high = (type(low)(0.0), low) if num_pruned <= below else (high, type(high)(np.inf))
     rank = num_pruned - below
     threshold = np.partition(values, rank - 1)[rank - 1]
     smaller, ties = np.flatnonzero(values < threshold), np.flatnonzero(values == threshold)
-    mask[places[smaller]] = False
-    mask[places[ties[: rank - smaller.size]]] = False
-    return threshold, mask
+    pruned = np.sort(places[np.concatenate([smaller, ties[: rank - smaller.size]])])
+    ends = np.cumsum([mask.size for mask in masks])
+    for mask, end, part in zip(masks, ends, np.split(pruned, np.searchsorted(pruned, ends[:-1])), strict=True):
+        mask[part - (end - mask.size)] = False
+    return threshold, masks
 
 
 def _mark(
-    weights: Sequence[torch.Tensor], mask: np.ndarray, low: np.floating, high: np.floating, dtype: torch.dtype
+    weights: Sequence[torch.Tensor], masks: list[np.ndarray], low: np.floating, high: np.floating, dtype: torch.dtype
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Write |w| >= low into the mask; how many are smaller, and places and magnitudes of those up to `high`."""
+    """Write |w| >= low into the masks; how many are smaller, and places and magnitudes of those up to `high`."""
     is_in_band = np.empty(CHUNK, bool)
     start, kept = 0, 0
     places, values = [], []
-    for chunk in _magnitudes(weights, dtype):
+    parts = (mask[at : at + CHUNK] for mask in masks for at in range(0, mask.size, CHUNK))
+    for chunk, part in zip(_magnitudes(weights, dtype), parts, strict=True):
         if np.isnan(chunk.max()):
             raise ValueError(
                 "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
             )
-        part, band = mask[start : start + chunk.size], is_in_band[: chunk.size]
+        band = is_in_band[: chunk.size]
         np.greater_equal(chunk, low, out=part)
         kept += int(np.count_nonzero(part))
         np.less_equal(chunk, high, out=band)
@@ -124,11 +128,6 @@ def _mark(
         places.append(inside + start)
         start += chunk.size
     return start - kept, np.concatenate(places), np.concatenate(values)
-
-
-def _split(mask: np.ndarray, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    parts = torch.from_numpy(mask).split([w.numel() for w in weights])
-    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 
 def _confidence_band(weights: Sequence[torch.Tensor], k: int, dtype: torch.dtype) -> tuple[np.floating, np.floating]:
