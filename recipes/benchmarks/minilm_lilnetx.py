@@ -2,7 +2,7 @@
 
 4,000 questions, windows of 256 tokens, batch 16, two epochs of AdamW (learning rate 1.5e-4, linear, warm-up 10 %,
 clipping 1.0) in bfloat16 autocast, as in minilm_squad.py, whose AdamW is the dense net to compare with. Every run has
-another step and another weight of the bits, neither tuned. Four times in a run the validation questions are answered
+another step and another weight of the bits, neither tuned. Every 125 steps the validation questions are answered,
 and the entropy of the whole numbers is taken; at the end all files that `from_pretrained` needs are counted, and the
 checkpoint is loaded back and scored.
 

@@ -263,3 +263,18 @@ def test_sizes_of_lilnetx_on_cifar10_are_those_of_the_result():
         assert cells.split(" | ") == wanted
     equal = [row for name, row in mean.items() if name.startswith("lilnetx") and row["points"] >= zstd["points"] - 0.5]
     assert min(row["kilobytes"] for row in equal) <= 0.5 * zstd["kilobytes"]
+
+
+def test_bits_and_f1_over_time_are_those_of_the_result():
+    """The weight of the bits lowers them; what was saved scores as what was trained."""
+    result = result_of("minilm_lilnetx")
+    rows = re.findall(r"^\| MiniLM, ([\d.]+) steps, rate ([\d.]+) \| (.*) \|$", README, re.M)
+    assert len(rows) == len(result["runs"])
+    for (steps, rate, cells), run in zip(rows, result["runs"], strict=True):
+        own, seen = run["settings"], run["over_time"]
+        assert (float(steps), float(rate)) == (own["steps_per_std"], own["rate_weight"])
+        wanted = [", ".join(f"{s['bits']:.2f}" for s in seen), ", ".join(f"{s['f1']:.1f}" for s in seen)]
+        assert cells.split(" | ") == [*wanted, f"{run['loaded']['f1']:.1f}", f"{run['bytes'] / 1e6:.1f}"]
+        assert run["loaded"]["f1"] == pytest.approx(seen[-1]["f1"], abs=1)
+        if own["rate_weight"]:
+            assert seen[-1]["bits"] < seen[0]["bits"]
