@@ -65,8 +65,8 @@ def measured(model: Any) -> dict[str, Any]:
     for share in SHARES:
         forms[f"global {share}"] = lambda k=int(share * size): keep_largest(weights, k)
     forms["each layer 0.9"] = lambda: [keep_largest([w], int(0.9 * w.numel())) for w in weights]
-    forms["2:4"] = lambda: hfc.NM(2, 4).masks(targets)
-    forms["4:8"] = lambda: hfc.NM(4, 8).masks(targets)
+    forms["2:4"] = lambda: hfc.NM(2, 4).select(targets)
+    forms["4:8"] = lambda: hfc.NM(4, 8).select(targets)
     forms["sort, global 0.9"] = lambda: by_sort(weights, int(0.9 * size))
     forms["argsort, 2:4"] = lambda: [by_argsort(t.parameter, t.reduction_dim, 2, 4) for t in targets.values()]
     check(forms, targets)
