@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,6 +18,8 @@ from ..selection import CHUNK
 from ..targets import Target
 from .base import Pattern, check_progress
 
+_BYTES = np.uint32(0x01010101)
+_LANES = {1: np.uint32(0x00010101), 2: np.uint32(0x00000101), 3: np.uint32(0x00000001)}  # with a partner in the group
 _FORMS = '"N:M" with 1 <= N < M, such as 2:4'
 
 
@@ -98,8 +101,10 @@ def _keep_in_chunks(weight: torch.Tensor, dim: int, n: int, m: int) -> torch.Ten
     """The same, while a chunk is in the cache: member i of all its groups is a row, which is compared with row j."""
     order = _order_in_memory(weight)
     values = weight.permute(order)
-    at = order.index(dim)
-    inner = math.prod(values.shape[at + 1 :])
+    back = sorted(range(len(order)), key=order.__getitem__)
+    inner = math.prod(values.shape[order.index(dim) + 1 :])
+    if inner == 1 and m == 4 and sys.byteorder == "little":
+        return torch.from_numpy(_keep_in_words(values.reshape(-1).numpy(), n)).view(values.shape).permute(back)
     groups = values.reshape(values.numel() // (m * inner or 1), m, inner).numpy()
     absolute = _torch_abs if inner > 1 else np.abs  # rows of a few numbers are faster there, single ones here
     mask = np.empty(groups.shape, bool)
@@ -117,8 +122,35 @@ def _keep_in_chunks(weight: torch.Tensor, dim: int, n: int, m: int) -> torch.Ten
             count[j] += wins.view(np.uint8)
             count[i] -= wins.view(np.uint8)
         np.greater_equal(count, m - n, out=kept)
-    back = sorted(range(len(order)), key=order.__getitem__)
     return torch.from_numpy(mask).view(values.shape).permute(back)
+
+
+def _keep_in_words(values: np.ndarray, n: int) -> np.ndarray:
+    """The same for groups of four neighbours, without turning them: the four counts of a group are bytes of a word.
+
+    At distance d every weight is compared with a later one. The comparison counts for the later one, d bytes up, or
+    for the weight itself; lanes whose partner lies in the next group are cut off.
+    """
+    mask = np.empty(values.size, bool)
+    size = min(CHUNK, values.size)
+    magnitude, wins = np.zeros(size + 3, values.dtype), np.empty(size, bool)
+    counts, other = np.empty((2, size // 4), np.uint32)
+    for start in range(0, values.size, CHUNK):
+        chunk, kept = values[start : start + CHUNK], mask[start : start + CHUNK]
+        later_wins, words = wins[: chunk.size], wins[: chunk.size].view(np.uint32)
+        count, moved = counts[: words.size], other[: words.size]
+        np.abs(chunk, out=magnitude[: chunk.size])
+        count.fill(_BYTES * n)
+        for distance, lanes in _LANES.items():
+            np.greater_equal(magnitude[distance : distance + chunk.size], magnitude[: chunk.size], out=later_wins)
+            np.bitwise_and(words, lanes, out=words)
+            np.left_shift(words, np.uint32(8 * distance), out=moved)
+            count += moved
+            np.bitwise_xor(words, lanes, out=moved)
+            count += moved
+        np.right_shift(count, np.uint32(2), out=count)  # n more than those that go before are four or more: it stays
+        np.bitwise_and(count, _BYTES, out=kept.view(np.uint32))
+    return mask
 
 
 def _torch_abs(values: np.ndarray, out: np.ndarray) -> None:

@@ -88,7 +88,7 @@ def test_wrong_texts_name_what_is_allowed(text):
 
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d", "nchw", "channels_last", "1x1", "strided"])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 5), (1, 300)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (3, 5), (1, 300)])
 def test_chunks_on_the_cpu_give_the_mask_of_counting(layout, n, m, monkeypatch):
     """For every layout in memory, with ties, over several chunks."""
     from hf_compress.patterns import n_m
