@@ -17,6 +17,7 @@ from ..family.footprint import disk_bytes
 from ..family.manifest import MANIFEST, commit_folder, start_folder
 from ..family.storage import STORAGES, as_plain, changes_shapes, check_storage
 from ..family.table import format_size
+from ..loading.base import IF_THERE
 from ..loading.statistics import StatisticsPack, explained, find_pack, renew_
 from ..oneshot import CompressionReport
 from ..oneshot import compress as compress_model
@@ -192,11 +193,8 @@ def _load_processor(name: str, revision: str | None) -> Any:
     import transformers
     from transformers.utils import cached_file
 
-    absent = ("missing_entries", "connection_errors", "gated_repo")
-    lenient: dict[str, Any] = {f"_raise_exceptions_for_{case}": False for case in absent}
-
     def has(*files: str) -> bool:
-        return any(cached_file(name, file, revision=revision, **lenient) is not None for file in files)
+        return any(cached_file(name, file, revision=revision, **IF_THERE) is not None for file in files)
 
     kinds: list[Any] = []
     problem: Exception | None = None

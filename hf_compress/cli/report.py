@@ -12,6 +12,7 @@ from pathlib import Path
 from ..family import Family, is_family, load_family
 from ..family.manifest import MANIFEST
 from ..family.plots import plot_family
+from ..family.table import format_count, format_percent, format_size
 from ..page import save_page
 from ..report import CheckpointReport, inspect_checkpoint
 from ..report.plots import plot_report
@@ -116,7 +117,7 @@ def _show_progress(done: int, count: int) -> None:
 
 def _text(found: CheckpointReport) -> str:
     architecture = f"{found.architecture}, " if found.architecture else ""
-    parameters = _amount(found.parameters).replace("G", "B")
+    parameters = format_count(found.parameters).replace("G", "B")
     lines = [
         f"{found.model}: {architecture}{parameters} parameters, {len(found.layers)} layers to compress",
         "",
@@ -146,7 +147,7 @@ def _total_rows(found: CheckpointReport) -> list[list[str]]:
     """Totals; the column within layers belongs to unstructured patterns."""
     rows = [["pattern", "zeros", "energy kept", "within layers", "disk", "zipped", "of dense"]]
     dense = found.compressed_bytes
-    rows.append(["as it is", _percent(found.sparsity), "", "", _size(found.bytes), _size(dense), ""])
+    rows.append(["as it is", format_percent(found.sparsity), "", "", format_size(found.bytes), format_size(dense), ""])
     for text, numbers in found.patterns.items():
         whole = text.removesuffix(":layer")
         if whole != text and whole in found.patterns:
@@ -155,11 +156,11 @@ def _total_rows(found: CheckpointReport) -> list[list[str]]:
         rows.append(
             [
                 text,
-                _percent(numbers.sparsity),
-                _percent(numbers.energy),
-                _percent(within.energy) if within else "",
-                _size(numbers.bytes),
-                _size(numbers.compressed_bytes),
+                format_percent(numbers.sparsity),
+                format_percent(numbers.energy),
+                format_percent(within.energy) if within else "",
+                format_size(numbers.bytes),
+                format_size(numbers.compressed_bytes),
                 f"{100 * numbers.compressed_bytes / dense:.0f} %" if dense else "",
             ]
         )
@@ -175,10 +176,16 @@ def _layer_rows(found: CheckpointReport) -> list[list[str]]:
         layer = layers[name]
         numbers = layer.patterns[found.reference]
         shape = "x".join(map(str, layer.shape))
-        row = [_short(name), shape, f"{numbers.sensitivity:.3g}", _percent(numbers.sparsity), _percent(numbers.energy)]
+        row = [
+            _short(name),
+            shape,
+            f"{numbers.sensitivity:.3g}",
+            format_percent(numbers.sparsity),
+            format_percent(numbers.energy),
+        ]
         if "2:4" in found.patterns:
             two_of_four = layer.patterns["2:4"]
-            row.append("dense" if two_of_four.skipped else _percent(two_of_four.energy))
+            row.append("dense" if two_of_four.skipped else format_percent(two_of_four.energy))
         rows.append(row)
     return rows
 
@@ -189,25 +196,6 @@ def _table(rows: list[list[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths).rstrip(), *lines[1:]]
 
 
-def _percent(share: float | None) -> str:
-    if share is None:
-        return "-"
-    return f"{100 * share:.{2 if 0.999 < share < 1 else 1}f} %"
-
-
 def _short(name: str) -> str:
     name = name.removesuffix(".weight")
     return name if len(name) <= _NAME else "..." + name[3 - _NAME :]
-
-
-def _size(count: int) -> str:
-    return f"{_amount(count)}B"
-
-
-def _amount(count: int) -> str:
-    size, unit = float(count), ""
-    for unit in ("", "k", "M", "G"):
-        if size < 1000 or unit == "G":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if not unit else f"{size:.1f} {unit}"

@@ -43,10 +43,20 @@ def _row(variant: Variant, dense: Variant, metric: str | None, shrinks: bool) ->
 
 
 def format_size(count: int) -> str:
-    """Bytes in B, kB, MB or GB, powers of 1000."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+    """Bytes with their unit."""
+    return f"{format_count(count)}B"
+
+
+def format_count(count: int) -> str:
+    """A number in thousands, millions or thousands of millions, up to the letter of its unit: "12 ", "1.2 k"."""
+    size, unit = float(count), ""
+    for unit in ("", "k", "M", "G"):
+        if size < 1000 or unit == "G":
             break
         size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    return f"{size:.0f} {unit}" if not unit else f"{size:.1f} {unit}"
+
+
+def format_percent(share: float | None) -> str:
+    """A share in percent, with a second digit where one would round it to all; "-" for none."""
+    return "-" if share is None else f"{100 * share:.{2 if 0.999 < share < 1 else 1}f} %"

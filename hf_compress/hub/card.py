@@ -18,9 +18,10 @@ from ..loading.statistics import AS_TRAINED, STATISTICS, StatisticsPack
 from .download import own_repository
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_AUTO_CLASSES = {
+AUTO_CLASSES = {  # by the name of a task
     "image-classification": "AutoModelForImageClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "supervised-finetuning": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
 }
 # How a card says what the training did, for the methods that there are; the first ones prepare the dense checkpoint.
@@ -181,7 +182,7 @@ def _tags(manifest: Manifest) -> list[str]:
 def _model_class(manifest: Manifest) -> str:
     """The class of transformers that loads the checkpoints."""
     architecture = (_config(manifest).get("architectures") or ["AutoModel"])[0]
-    return _AUTO_CLASSES.get(manifest.task or "", architecture)
+    return AUTO_CLASSES.get(manifest.task or "", architecture)
 
 
 def _config(manifest: Manifest) -> dict[str, Any]:

@@ -34,26 +34,25 @@ class Retry:
         Raises:
             OSError: if the Hub refuses, or still fails at the last try.
         """
-        for wait in WAITS:
+        waits = iter(WAITS)
+        while True:
             try:
                 return request()
             except Exception as error:
-                fault = _http_fault(error)
+                fault, wait = _http_fault(error), next(waits, None)
                 if fault is None or not _passes(fault):
                     raise
-                self.met_another_push |= _status(fault) == _STALE
-                what = f"answered {_status(fault)}" if _status(fault) else f"cannot be reached ({type(fault).__name__})"
+                status, name = _status(fault), type(fault).__name__
+                if wait is None and status is not None:
+                    raise
+                if wait is None:
+                    raise ConnectionError(
+                        f"the Hub cannot be reached ({name}: {fault}); what was sent is kept, push again later"
+                    ) from error
+                self.met_another_push |= status == _STALE
+                what = f"answered {status}" if status else f"cannot be reached ({name})"
                 logger.warning(f"the Hub {what}; trying again in {wait:g} s")
                 time.sleep(wait)
-        try:
-            return request()
-        except Exception as error:
-            fault = _http_fault(error)
-            if fault is None or isinstance(fault, OSError):
-                raise
-            raise ConnectionError(
-                f"the Hub cannot be reached ({type(fault).__name__}: {fault}); what was sent is kept, push again later"
-            ) from error
 
 
 def _http_fault(error: BaseException | None) -> BaseException | None:

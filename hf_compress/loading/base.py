@@ -6,6 +6,11 @@ from typing import Any
 
 from transformers.quantizers import HfQuantizer
 
+# Arguments of `cached_file` that make it give None where there is no such file, or nothing can be asked.
+IF_THERE: dict[str, Any] = {
+    f"_raise_exceptions_for_{fault}": False for fault in ("gated_repo", "missing_entries", "connection_errors")
+}
+
 
 class Loader(HfQuantizer):
     """What both loaders share."""

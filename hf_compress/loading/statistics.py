@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from ..calibration import batch_norm_statistics
 from ..patterns import Chain, Pattern, Quantized, Unstructured
+from .base import IF_THERE
 
 STATISTICS = "batch_norm.safetensors"
 AS_TRAINED = Unstructured(0.0)  # the name under which the statistics of the dense weights stand
@@ -73,8 +74,8 @@ class StatisticsPack:
 
         Rounding at the end of a chain hardly moves them: without their own they are those of what comes before it.
         Between two shares that are stored, of unstructured patterns, both are mixed linearly, and those of the dense
-        weights count as a share of 0. Above the largest share there are none. On a ResNet-20 the mix costs 0.2 points
-        at a share of 0.3 and 3.5 at 0.875, between 0.85 and 0.9; logarithms and cubics were worse.
+        weights count as a share of 0. Above the largest share there are none. The mix can cost points of accuracy
+        at high shares: see recipes/benchmarks/slider_statistics.py.
         """
         exact = self.tensors.get(str(pattern))
         if exact is not None:
@@ -119,14 +120,13 @@ def find_pack(model: Any, checkpoint_files: Sequence[str] | None) -> StatisticsP
     if "snapshots" not in folder.parts:  # of a folder, not of the cache of the Hub
         return None
     at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
-    faults = ("gated_repo", "missing_entries", "connection_errors")
     found = cached_file(
         model.config._name_or_path,
         STATISTICS,
         revision=folder.parts[at + 1],
         cache_dir=Path(*folder.parts[: at - 1]),
         subfolder="/".join(folder.parts[at + 2 :]),
-        **{f"_raise_exceptions_for_{fault}": False for fault in faults},
+        **IF_THERE,
     )
     return StatisticsPack.read(Path(found)) if found else None
 

@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from .. import __version__
-from ..family.table import format_size
+from ..family.table import format_count, format_percent, format_size
 from ..report import CheckpointReport, LayerNumbers, PatternNumbers
 from .document import render_document
 from .kinds import kind_of
@@ -71,7 +71,7 @@ def _dense_row(report: CheckpointReport, snippet: str | None) -> dict[str, Any]:
         "name": "as it is",
         "kind": "dense",
         "cells": {
-            "zeros": _percent(report.sparsity),
+            "zeros": format_percent(report.sparsity),
             "disk": format_size(disk),
             "zipped": format_size(zipped),
             "share": "",
@@ -90,7 +90,7 @@ def _row(report: CheckpointReport, text: str, numbers: PatternNumbers, snippet: 
         "name": text,
         "kind": kind_of(text),
         "cells": {
-            "zeros": _percent(numbers.sparsity),
+            "zeros": format_percent(numbers.sparsity),
             "disk": format_size(numbers.bytes),
             "zipped": format_size(numbers.compressed_bytes),
             "share": "-" if share is None else f"{share:.0f} %",
@@ -101,7 +101,7 @@ def _row(report: CheckpointReport, text: str, numbers: PatternNumbers, snippet: 
             "zipped": numbers.compressed_bytes,
             "share": share,
         },
-        "metrics": {"energy": {"value": energy, "text": _percent(numbers.energy), "delta": None, "change": ""}},
+        "metrics": {"energy": {"value": energy, "text": format_percent(numbers.energy), "delta": None, "change": ""}},
         "more": [],
         "snippet": snippet,
     }
@@ -116,13 +116,17 @@ def _tiles(report: CheckpointReport) -> list[dict[str, str]]:
     worst = report.bottlenecks[0] if report.bottlenecks else None
     zipped = f"{format_size(report.compressed_bytes)} zipped, {report.bytes_are}"
     tiles = [
-        {"label": "Parameters", "value": _count(report.parameters), "note": f"{len(report.layers)} layers to compress"},
+        {
+            "label": "Parameters",
+            "value": format_count(report.parameters).replace("G", "B").strip(),
+            "note": f"{len(report.layers)} layers to compress",
+        },
         {"label": "Disk", "value": format_size(report.bytes), "note": zipped},
     ]
     reference = report.patterns.get(report.reference)
     if reference is not None:
         note = f"{format_size(reference.compressed_bytes)} zipped"
-        tiles.append({"label": f"{report.reference} keeps", "value": _percent(reference.energy), "note": note})
+        tiles.append({"label": f"{report.reference} keeps", "value": format_percent(reference.energy), "note": note})
     if worst is not None:
         note = f"to {report.reference}"
         tiles.append({"label": "Most sensitive layer", "value": worst.removesuffix(".weight"), "note": note})
@@ -158,9 +162,9 @@ def _layer_row(layer: LayerNumbers, reference: str) -> dict[str, Any]:
         "detail": " x ".join(map(str, layer.shape)),
         "cells": {
             "sensitivity": f"{numbers.sensitivity:.3g}" if numbers.sensitivity is not None else "-",
-            "zeros": _percent(numbers.sparsity),
-            "energy": _percent(numbers.energy),
-            "two_of_four": "dense" if other is not None and other.skipped else _percent(two_of_four),
+            "zeros": format_percent(numbers.sparsity),
+            "energy": format_percent(numbers.energy),
+            "two_of_four": "dense" if other is not None and other.skipped else format_percent(two_of_four),
         },
         "values": {
             "sensitivity": numbers.sensitivity,
@@ -188,16 +192,3 @@ def _notes(report: CheckpointReport, has_snippets: bool) -> list[str]:
         count = f"{len(report.collapsed)} layer{'s' if len(report.collapsed) > 1 else ''}"
         notes.append(f"{report.reference} leaves less than 10 % of the energy of {count}: {names}{more}.")
     return [*notes, *report.notes]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.{2 if 0.999 < share < 1 else 1}f} %"
-
-
-def _count(number: int) -> str:
-    size, unit = float(number), ""
-    for unit in ("", " k", " M", " B"):
-        if size < 1000 or unit == " B":
-            break
-        size /= 1000
-    return f"{size:.0f}" if not unit else f"{size:.1f}{unit}"

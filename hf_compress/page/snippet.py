@@ -9,21 +9,18 @@ from typing import Any
 from ..family.family import Family
 from ..family.manifest import Manifest
 from ..family.variant import Variant
+from ..hub.card import AUTO_CLASSES
+from ..hub.download import CARD, own_repository
+from ..loading.base import IF_THERE
 from ..report import CheckpointReport
 
-_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "supervised-finetuning": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def class_of(family: Manifest) -> str:
     """The class of transformers that loads a family's checkpoints: by its task, else by the config of the dense one."""
-    if family.task in _CLASSES:
-        return _CLASSES[family.task]
+    if family.task in AUTO_CLASSES:
+        return AUTO_CLASSES[family.task]
     config = _dense_config(family)
     if config.get("model_type") == "timm_wrapper":
         return "AutoModelForImageClassification"
@@ -44,8 +41,8 @@ def load_variant(family: Manifest, variant: Variant, class_name: str) -> str:
     repo_id = getattr(family, "repo_id", None)
     if repo_id is None:
         place = quote((family.folder / variant.path).as_posix())
-    elif _is_on_its_own(family, f"{repo_id}-{variant.revision}"):
-        place = quote(f"{repo_id}-{variant.revision}")
+    elif _is_on_its_own(family, own := own_repository(repo_id, variant)):
+        place = quote(own)
     else:
         place = quote(repo_id) + (f", revision={quote(variant.revision)}" if variant.pattern else "")
     lines += [f"from transformers import {class_name}", "", f"model = {class_name}.from_pretrained({place})"]
@@ -82,7 +79,7 @@ def quote(text: str) -> str:
 
 def _is_on_its_own(family: Manifest, own: str) -> bool:
     """Whether a variant has a repository of its own: the card says it, which is read with the manifest."""
-    card = family.folder / "README.md"
+    card = family.folder / CARD
     return card.is_file() and f"`{own}`" in card.read_text(encoding="utf-8", errors="replace")
 
 
@@ -97,10 +94,8 @@ def _dense_config(family: Manifest) -> dict[str, Any]:
     if isinstance(family, Family) and family.repo_id is not None:
         from transformers.utils import cached_file
 
-        faults = ("gated_repo", "missing_entries", "connection_errors")
-        lenient: dict[str, Any] = {f"_raise_exceptions_for_{fault}": False for fault in faults}
         # The dense checkpoint stands beside the manifest, in the commit that the manifest was read from.
-        found = cached_file(family.repo_id, "config.json", revision=family.folder.name, **lenient)
+        found = cached_file(family.repo_id, "config.json", revision=family.folder.name, **IF_THERE)
         path = type(path)(found) if found else path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -232,6 +232,13 @@ def test_rates_of_the_codec_are_those_of_the_result():
 def test_numbers_of_tpp_on_cifar10_are_those_of_the_result():
     """TPP is ahead by every seed, and by more than the spread of both."""
     result = result_of("cifar10_tpp")
+    best = {1e-3: 0.0, 1e-2: 0.0}
+    for trial in (t for t in result["tuning"] if t["settings"]["arm"] == "tpp"):
+        rate = trial["settings"]["regularize_learning_rate"]
+        best[rate] = max(best[rate], *trial["by_rate"].values())
+    worse = f"{best[1e-2] - best[1e-3]:.0f} points worse"
+    assert f"published 1e-3 it was {worse} in the trials" in README
+    assert worse in (ROOT / "recipes" / "image-classification" / "cifar10_resnet20_tpp.yaml").read_text()
     rows = re.findall(r"^\| TPP, (\d+) % \| (.*) \|$", README, re.M)
     assert [float(share) / 100 for share, _ in rows] == [float(share) for share in result["mean"]]
     for (_, cells), (share, arms) in zip(rows, result["mean"].items(), strict=True):
@@ -268,6 +275,7 @@ def test_sizes_of_lilnetx_on_cifar10_are_those_of_the_result():
 def test_bits_and_f1_over_time_are_those_of_the_result():
     """The weight of the bits lowers them; what was saved scores as what was trained."""
     result = result_of("minilm_lilnetx")
+    assert f"where AdamW reaches {result_of('minilm_squad')['mean_f1']['adamw']['dense']:.1f} F1" in README
     rows = re.findall(r"^\| MiniLM, ([\d.]+) steps, rate ([\d.]+) \| (.*) \|$", README, re.M)
     assert len(rows) == len(result["runs"])
     for (steps, rate, cells), run in zip(rows, result["runs"], strict=True):
