@@ -88,6 +88,8 @@ class _Push:
     def all_revisions(self) -> dict[str, str | None]:
         """Variants first: the manifest on main names only what is there."""
         commits = {v.revision: self._variant(v) for v in self.manifest.variants}
+        if self.pull_request is not None:  # it holds what is new on main
+            return {**commits, "main": None}
         message = self.message or f"Family of {1 + len(self.manifest.variants)} checkpoints, made with hf_compress"
         wanted = self._files_of_main()
         # What others put on main stays; weights of an older family would be loaded beside the new ones.

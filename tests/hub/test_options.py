@@ -40,6 +40,22 @@ def test_a_pull_request_leaves_main_as_it_is(here, families, capsys):
     assert capsys.readouterr().out.splitlines()[-2] == f"{here.url}/tester/six/discussions/2"
 
 
+def test_another_push_makes_no_second_pull_request(here, families, monkeypatch):
+    families[0].push_to_hub("six")
+    repo, came = here.repos["tester/six"], []
+
+    def before(method, path):
+        if path.endswith("/commit/nm-2of4") and not came:
+            came.append(repo.commit("nm-2of4", dict(repo.commits[repo.branches["nm-2of4"]]), "another push"))
+
+    monkeypatch.setattr(retry, "WAITS", (0.001,) * 4)
+    monkeypatch.setattr(here, "before", before)
+    publication = families[1].push_to_hub("six", create_pr=True)
+    assert came
+    assert publication.commits["main"] == repo.branches["refs/pr/1"]
+    assert "refs/pr/2" not in repo.branches
+
+
 def test_own_repositories_in_a_collection(here, families, monkeypatch):
     publication = families[0].push_to_hub("six", own_repositories=True, private=True)
     names = ["tester/six", "tester/six-unstructured-0.50", "tester/six-nm-2of4"]
