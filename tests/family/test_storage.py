@@ -369,13 +369,14 @@ RANK = """
 import sys, torch, torch.distributed as dist
 import hf_compress as hfc
 from tests.conftest import tiny_vit
+from tests.distributed.launch import end
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=2)
 pixels = torch.ones(1, 3, 8, 8)
 evaluate = lambda m: {"sum": m(pixel_values=pixels).logits.sum()}
 family = hfc.build_family(tiny_vit(), ["int8"], evaluate, output_dir=folder, example_inputs={"pixel_values": pixels})
 print("METRIC", family["int8"].storage, family["int8"].metrics["sum"])
-dist.destroy_process_group()
+end()
 """
 
 

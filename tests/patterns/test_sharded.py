@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import hf_compress as hfc
 from hf_compress.targets import Groups, Target
+from tests.distributed.launch import end
 
 WORLD = 2
 
@@ -67,7 +68,7 @@ def work(rank, folder):
                     if a is not None and not torch.equal(b.full_tensor(), a):
                         wrong.append((text, name))
     torch.save(wrong, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    end()
 
 
 def test_shards_together_are_the_whole(tmp_path):

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_compress.methods.sfw.constraints import parse_constraint
+from tests.distributed.launch import end
 
 SHAPES = [(7, 4, 3, 3), (24, 7), (9,), (2, 5), (14, 4)]  # rows that no number of ranks divides, and fewer than ranks
 REGIONS = {
@@ -57,7 +58,7 @@ def worker(rank, processes, folder):
     # The negative control: rows of one rank alone have another vertex.
     region, g = parse_constraint("l2(radius=1.5)"), distribute_tensor(tensors(0, [0])[0], mesh, [Shard(0)])
     assert not torch.allclose(region.lmo([g.to_local()])[0], region.lmo([g])[0].to_local())
-    dist.destroy_process_group()
+    end()
 
 
 def compare(region, which, mesh, plain):
