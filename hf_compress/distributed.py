@@ -113,6 +113,8 @@ def sum_over_shards(values: Sequence[torch.Tensor], tensors: Sequence[torch.Tens
         if group is not None:
             dist.all_reduce(value, group=group)
     first = next(iter(shared.values()))
+    if len(shared) == 1:
+        return first
     return torch.stack([value.to(first.device) for value in shared.values()]).sum(0)
 
 

@@ -6,7 +6,9 @@ tensors, then row-major index.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from .distributed import is_sharded, local, shard_group, sharded_like
 
 CHUNK = 1 << 17  # elements: half a MiB of float32, so that all work on a chunk stays in the cache
-_SAMPLES = 1 << 16
+_MOST_SAMPLES, _LEAST_SAMPLES = 1 << 16, 512
 _CONFIDENCE = 3.0  # standard deviations of the sample quantile; one miss in 400 costs one more pass, never exactness
 
 
@@ -50,7 +52,7 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
     if all(w.device.type == "cpu" for w in weights):
-        flat = _select_on_cpu(weights, num_pruned)[1]
+        flat = _select_on_cpu(weights, num_pruned)
         return [torch.from_numpy(mask).view(w.shape) for mask, w in zip(flat, weights, strict=True)]
     threshold = kth_smallest_magnitude(weights, num_pruned)
     masks = [_magnitude(w, threshold) > threshold for w in weights]
@@ -77,48 +79,88 @@ def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tens
 def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     """The k-th smallest magnitude (k counts from 1) of all entries, as a 0-dim tensor; no wait for the device."""
     if all(w.device.type == "cpu" for w in weights):
-        return torch.tensor(_select_on_cpu(weights, k)[0])
+        return torch.tensor(_search(weights, k).threshold)
     return torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(k).values
 
 
-def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> tuple[np.floating, list[np.ndarray]]:
-    """The largest magnitude that is pruned, and the flat mask of every weight.
+class Cut(NamedTuple):
+    """Where entries in the order of their magnitudes are cut in two.
 
-    A strided sample gives a narrow band around the threshold. One pass over the weights keeps what lies above it and
-    gathers what lies inside; only that is ordered.
+    Attributes:
+        threshold: the largest magnitude that is pruned.
+        num_smaller: entries below the threshold.
+        largest: the largest magnitude of all.
+        ties: positions of the entries of that magnitude, in their order; at least one of them is pruned.
+        in_band: positions of smaller entries that masks still keep.
+    """
+
+    threshold: np.floating
+    num_smaller: int
+    largest: float
+    ties: np.ndarray
+    in_band: np.ndarray
+
+
+def cut_on_cpu(weights: Sequence[torch.Tensor], k: int) -> Cut | None:
+    """Where the k largest magnitudes (k from 1) end; None if a weight is NaN."""
+    try:
+        return _search(weights, sum(w.numel() for w in weights) - k + 1)
+    except ValueError:
+        return None
+
+
+def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> list[np.ndarray]:
+    """The flat mask of every weight."""
+    masks = [np.empty(w.numel(), bool) for w in weights]
+    cut = _search(weights, num_pruned, masks)
+    pruned = np.sort(np.concatenate([cut.in_band, cut.ties[: num_pruned - cut.num_smaller]]))
+    ends = np.cumsum([mask.size for mask in masks])
+    for mask, end, part in zip(masks, ends, np.split(pruned, np.searchsorted(pruned, ends[:-1])), strict=True):
+        mask[part - (end - mask.size)] = False
+    return masks
+
+
+def _search(weights: Sequence[torch.Tensor], num_pruned: int, masks: list[np.ndarray] | None = None) -> Cut:
+    """The threshold, and masks that keep all entries but those below a band around it.
+
+    A strided sample gives the band. One pass over the weights keeps what lies above it and gathers what lies inside;
+    only that is ordered.
     """
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     low, high = _confidence_band(weights, num_pruned, dtype)
-    masks = [np.empty(w.numel(), bool) for w in weights]
     while True:
-        below, places, values = _mark(weights, masks, low, high, dtype)
+        below, largest, places, values = _mark(weights, masks, low, high, dtype)
         if below < num_pruned <= below + values.size:
             break
         low, high = (type(low)(0.0), low) if num_pruned <= below else (high, type(high)(np.inf))
     rank = num_pruned - below
     threshold = np.partition(values, rank - 1)[rank - 1]
-    smaller, ties = np.flatnonzero(values < threshold), np.flatnonzero(values == threshold)
-    pruned = np.sort(places[np.concatenate([smaller, ties[: rank - smaller.size]])])
-    ends = np.cumsum([mask.size for mask in masks])
-    for mask, end, part in zip(masks, ends, np.split(pruned, np.searchsorted(pruned, ends[:-1])), strict=True):
-        mask[part - (end - mask.size)] = False
-    return threshold, masks
+    in_band = places[values < threshold]
+    return Cut(threshold, below + in_band.size, largest, places[values == threshold], in_band)
 
 
 def _mark(
-    weights: Sequence[torch.Tensor], masks: list[np.ndarray], low: np.floating, high: np.floating, dtype: torch.dtype
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Write |w| >= low into the masks; how many are smaller, and places and magnitudes of those up to `high`."""
-    is_in_band = np.empty(CHUNK, bool)
-    start, kept = 0, 0
+    weights: Sequence[torch.Tensor],
+    masks: list[np.ndarray] | None,
+    low: np.floating,
+    high: np.floating,
+    dtype: torch.dtype,
+) -> tuple[int, float, np.ndarray, np.ndarray]:
+    """Write |w| >= low into the masks; how many are smaller, the largest, and places and magnitudes up to `high`."""
+    is_in_band, scratch = np.empty(CHUNK, bool), np.empty(CHUNK, bool)
+    start, kept, largest = 0, 0, 0.0
     places, values = [], []
-    parts = (mask[at : at + CHUNK] for mask in masks for at in range(0, mask.size, CHUNK))
-    for chunk, part in zip(_magnitudes(weights, dtype), parts, strict=True):
-        if np.isnan(chunk.max()):
+    parts: Iterator[np.ndarray] = itertools.repeat(scratch)
+    if masks is not None:
+        parts = (mask[at : at + CHUNK] for mask in masks for at in range(0, mask.size, CHUNK))
+    for chunk, room in zip(_magnitudes(weights, dtype), parts, strict=masks is not None):
+        top = float(chunk.max())
+        if top != top:
             raise ValueError(
                 "a weight is NaN, so magnitudes have no order; look for a diverged run or a broken checkpoint"
             )
-        band = is_in_band[: chunk.size]
+        largest = max(largest, top)
+        part, band = room[: chunk.size], is_in_band[: chunk.size]
         np.greater_equal(chunk, low, out=part)
         kept += int(np.count_nonzero(part))
         np.less_equal(chunk, high, out=band)
@@ -127,13 +169,13 @@ def _mark(
         values.append(chunk[inside])
         places.append(inside + start)
         start += chunk.size
-    return start - kept, np.concatenate(places), np.concatenate(values)
+    return start - kept, largest, np.concatenate(places), np.concatenate(values)
 
 
 def _confidence_band(weights: Sequence[torch.Tensor], k: int, dtype: torch.dtype) -> tuple[np.floating, np.floating]:
     """Magnitudes between which the k-th smallest lies, as far as a sample of every tensor can tell."""
     total = sum(w.numel() for w in weights)
-    stride = max(1, total // _SAMPLES)
+    stride = max(1, total // min(max(total // 64, _LEAST_SAMPLES), _MOST_SAMPLES))
     sample = np.concatenate([m.copy() for m in _magnitudes([_flat(w)[::stride] for w in weights], dtype)])
     sample.sort()
     share = k / total

@@ -1,48 +1,57 @@
-"""What a CrAM+ step costs beside a plain one: time on ResNet-18 (64 px, batch 16), memory on a BERT-base.
+"""What CrAM+ costs beside plain training: whole steps, its own work alone, and memory.
 
-Time is the processor clock of one thread, plain and CrAM steps in turns, so that a busy machine slows both; the ratio
-of the minima and the median of the ratios are kept. Memory is the peak resident size of a process of its own.
+Time is the processor clock of one thread, all forms in turns, so that a busy machine slows them alike; ratios are of
+the minima and medians over rounds. "two passes" is the floor: forward and backward twice, and the step of SGD.
+"bookkeeping" leaves the passes out: gradients are ready, as two copies, and what is timed is the perturbation, the
+selection, the masks, the sum of both gradients, and the step of SGD, in fused steps of SGD. "published" is the code of
+the paper, where a folder with its checkout is given; it draws the same patterns. Memory is the peak of a process of its
+own, in copies of the parameters: weights, gradients and momentum are three.
 
-    OMP_NUM_THREADS=1 python recipes/benchmarks/cram_cost.py --output recipes/benchmarks/results/cram_cost.json
+    OMP_NUM_THREADS=1 python recipes/benchmarks/cram_cost.py --published FOLDER --output cram_cost.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import published
 import timm
 import torch
 from digits import facts
+from shapes import SHAPES, SHORT_STEP, copied, copies_at_peak, peak_of
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 from turns import beside, in_turns
 
 from hf_compress.methods.cram import CrAM
 
-ROUNDS = 25
+ROUNDS, ROUNDS_OF_PUBLISHED = 15, 7
+Loss = Callable[[Any], torch.Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--memory", choices=["plain", "cram"], help="measure one process and print its peak")
+    parser.add_argument("--published", type=Path, help="folder of checkouts, see published.py")
+    parser.add_argument("--memory", nargs=2, metavar=("NET", "FORM"), help="only print the peak of this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory:
-        print(json.dumps(peak_memory(options.memory == "cram")))
+        print(json.dumps(copies_at_peak(lambda: for_memory(*options.memory))))
         return
     result = {
         "what": __doc__,
-        "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
+        "command": "OMP_NUM_THREADS=1 python recipes/benchmarks/cram_cost.py --published FOLDER --output cram_cost.json",
         **facts(),
-        "time": step_times(),
-        "memory": memory(),
+        "published": published.commits(options.published) if options.published else {},
+        "rounds": ROUNDS,
+        "steps": {name: steps(make, options.published) for name, make in NETS.items()},
+        "bookkeeping": {name: bookkeeping(name, options.published) for name in SHAPES},
+        "memory": {name: peak_of(__file__, "bert-base", name) for name in ("plain", "cram")},
     }
     text = json.dumps(result, indent=2)
     if options.output:
@@ -50,62 +59,114 @@ def main() -> None:
     print(text)
 
 
-def step_times() -> dict[str, Any]:
-    """Seconds of a step with and without CrAM."""
-    torch.manual_seed(0)
+def resnet18() -> tuple[Any, Loss]:
+    """64 px, batch 16."""
     x, y = torch.randn(16, 3, 64, 64), torch.randint(0, 10, (16,))
-    steps = {}
-    for name in ("plain", "cram"):
-        model = timm.create_model("resnet18", num_classes=10)
-        sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-        steps[name] = stepper(model, CrAM(sgd, model) if name == "cram" else sgd, lambda m: cross_entropy(m(x), y))
-    found = beside(in_turns(steps, ROUNDS), "plain")
-    return {
-        "net": "resnet18, 64 px, batch 16, patterns unstructured 0.5, 0.7, 0.9",
-        "seconds": {name: numbers["seconds"] for name, numbers in found.items()},
-        "ratio_of_minima": found["cram"]["ratio_of_minima"],
-        "median_ratio": found["cram"]["median_ratio"],
-        "rounds": ROUNDS,
-    }
+    return timm.create_model("resnet18", num_classes=10), lambda model: cross_entropy(model(x), y)
 
 
-def stepper(model: Any, opt: Any, loss: Any) -> Any:
+def bert(width: int, layers: int, length: int) -> tuple[Any, Loss]:
+    """Batch 16."""
+    ids, labels = torch.randint(0, 30_000, (16, length)), torch.randint(0, 2, (16,))
+    size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+    model = BertForSequenceClassification(BertConfig(**size, intermediate_size=4 * width))
+    return model, lambda m: m(input_ids=ids, labels=labels).loss
+
+
+NETS: dict[str, Callable[[], tuple[Any, Loss]]] = {
+    "resnet18": resnet18,
+    "bert-mini": lambda: bert(256, 4, 64),
+    "bert-tiny": lambda: bert(128, 2, 32),
+}
+
+
+def steps(make: Callable[[], tuple[Any, Loss]], folder: Path | None) -> dict[str, Any]:
+    """Whole steps beside that of plain SGD; every form has a model of its own."""
+    forms: dict[str, Callable[[], Any]] = {}
+    for name in ("plain", "two passes", "cram"):
+        torch.manual_seed(0)
+        model, loss = make()
+        sgd = torch.optim.SGD(model.parameters(), fused=True, **SHORT_STEP)
+        forms[name] = stepper(
+            model, CrAM(sgd, model) if name == "cram" else sgd, loss, 2 if name == "two passes" else 1
+        )
+    found = beside(in_turns(forms, ROUNDS), "plain")
+    if folder is not None:
+        torch.manual_seed(0)
+        model, loss = make()
+        theirs = published.cram_optimizer(folder, model, **SHORT_STEP)
+        their_step = lambda: published.cram_step(folder, theirs, model, lambda: loss(model))  # noqa: E731
+        slowly = {"plain": forms["plain"], "cram": forms["cram"], "published": their_step}
+        slow = beside(in_turns(slowly, ROUNDS_OF_PUBLISHED), "plain")
+        found |= {"published": slow["published"], "published_over_ours": over(slow)}
+    return found
+
+
+def stepper(model: Any, optimizer: Any, loss: Loss, passes: int = 1) -> Callable[[], None]:
     def step() -> None:
-        loss(model).backward()
-        if isinstance(opt, CrAM):
-            with opt.compressed():
+        for _ in range(passes):
+            loss(model).backward()
+        if isinstance(optimizer, CrAM):
+            with optimizer.compressed():
                 loss(model).backward()
-        opt.step()
-        opt.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
-def memory() -> dict[str, Any]:
-    """Peaks of two processes, and their difference in copies of the parameters."""
-    peaks = {}
-    for name in ("plain", "cram"):
-        command = [sys.executable, __file__, "--memory", name]
-        peaks[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    extra = peaks["cram"]["peak_bytes"] - peaks["plain"]["peak_bytes"]
-    return {
-        "net": "BERT-base for classification, batch 2 of 16 tokens, SGD with momentum",
-        "peaks": peaks,
-        "extra_copies_of_the_parameters": extra / peaks["plain"]["parameter_bytes"],
-    }
-
-
-def peak_memory(with_cram: bool) -> dict[str, int]:
-    """Resident size at its highest over three steps."""
+def bookkeeping(net: str, folder: Path | None) -> dict[str, Any]:
+    """A step whose gradients are ready, in fused steps of SGD."""
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(num_labels=2))
+    model = SHAPES[net]()
+    parameters = list(model.parameters())
+    gradients = [torch.randn_like(p) for p in parameters]
+    sgd = torch.optim.SGD(parameters, fused=True, **SHORT_STEP)
+    cram = CrAM(sgd, model, ["unstructured:0.9"])
+
+    def ours() -> None:
+        with cram.compressed():
+            hand_over(parameters, gradients)
+        cram.step()
+
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    forms = {"plain": sgd.step, "copy": copied(parameters), "hand over": lambda: hand_over(parameters, gradients)}
+    found = beside(in_turns({**forms, "cram": ours}, ROUNDS), "plain")
+    if folder is not None:
+        other = SHAPES[net]()
+        theirs = published.cram_optimizer(folder, other, [0.9], **SHORT_STEP)
+
+        def closure() -> torch.Tensor:
+            for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            return torch.zeros(())
+
+        closure()
+        slowly = {"plain": sgd.step, "cram": ours, "published": lambda: theirs.step(closure)}
+        slow = beside(in_turns(slowly, 3, warm_up=1), "plain")
+        found |= {"published": slow["published"], "published_over_ours": over(slow)}
+    return found
+
+
+def hand_over(parameters: list[Any], gradients: list[torch.Tensor]) -> None:
+    """What a backward pass does with its gradients: they become or are added to `.grad`, and hooks run."""
+    torch.autograd.backward(parameters, gradients)
+
+
+def over(found: dict[str, Any]) -> float:
+    """Of the minima."""
+    return float(found["published"]["seconds"]["min"] / found["cram"]["seconds"]["min"])
+
+
+def for_memory(net: str, form: str) -> tuple[Any, Callable[[], Any]]:
+    torch.manual_seed(0)
+    model = SHAPES[net]()
     ids, labels = torch.randint(0, 30_000, (2, 16)), torch.tensor([0, 1])
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    step = stepper(model, CrAM(sgd, model) if with_cram else sgd, lambda m: m(input_ids=ids, labels=labels).loss)
-    for _ in range(3):
-        step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_bytes": peak, "parameter_bytes": sum(p.numel() * 4 for p in model.parameters())}
+    sgd = torch.optim.SGD(model.parameters(), fused=True, **SHORT_STEP)
+    return model, stepper(
+        model, CrAM(sgd, model) if form == "cram" else sgd, lambda m: m(input_ids=ids, labels=labels).loss
+    )
 
 
 if __name__ == "__main__":

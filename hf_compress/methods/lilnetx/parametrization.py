@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from ...codec import Latents, weights_of
@@ -82,15 +83,21 @@ class Decoded(nn.Module):
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """See `forward`; mixed precision never rounds a latent."""
-        with torch.autocast(latent.device.type, enabled=False):
-            whole = _Round.apply(self.scaled(latent))
-            rows = (whole * self.decoder.matrix if self.decoder.row == 1 else whole @ self.decoder.matrix) * self.gain
-        return rows.reshape(latent.shape[::-1]).T if self.is_transposed else rows.reshape(latent.shape)
+        weight: torch.Tensor = _Decode.apply(latent, self.decoder.matrix, self)
+        return weight
 
     def scaled(self, latent: torch.Tensor) -> torch.Tensor:
         """The latent in units of the gain, before it is rounded: (slices, row)."""
-        ordered = latent.T if self.is_transposed else latent
-        return ordered.reshape(-1, self.decoder.row) / self.gain
+        return self.cut(latent).reshape(-1, self.decoder.row) / self.gain
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor shaped as the weight as (slices, row); if inputs come first as a view, (outputs, slices, row)."""
+        row = self.decoder.row
+        return tensor.T.unflatten(1, (-1, row)) if self.is_transposed else tensor.reshape(-1, row)
+
+    def joined(self, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Slices as a tensor of the shape of the weight."""
+        return rows.reshape(shape[::-1]).T if self.is_transposed else rows.reshape(shape)
 
     def train(self, mode: bool = True) -> Decoded:
         """As of every module; a weight that was decoded for evaluation is forgotten."""
@@ -101,14 +108,30 @@ class Decoded(nn.Module):
         return {**self.__dict__, "_cached": None}
 
 
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
+class _Decode(torch.autograd.Function):
+    """gain * S applied to round(latent / gain), for which the gain is in the matrix; the gradient needs none."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+    def forward(ctx: Any, latent: torch.Tensor, matrix: torch.Tensor, decoded: Decoded) -> torch.Tensor:
+        whole = decoded.scaled(latent).round_()
+        ctx.save_for_backward(whole, matrix, decoded.gain)
+        ctx.decoded = decoded
+        return decoded.joined(_times(whole, matrix * decoded.gain), latent.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        whole, matrix, gain = ctx.saved_tensors
+        rows = ctx.decoded.cut(upstream).reshape(whole.shape)
+        latent = (
+            ctx.decoded.joined(_times(rows, matrix.T.contiguous()), upstream.shape) if ctx.needs_input_grad[0] else None
+        )
+        return latent, _times(whole.T, rows) * gain if ctx.needs_input_grad[1] else None, None
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        return a * b if b.numel() == 1 else a @ b
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def slice_prior(model: nn.Module, order: str = "l2") -> torch.Tensor:
 
 def layer_slice_prior(layer: Layer, order: str) -> torch.Tensor:
     """See `slice_prior`, for one layer that has blocks."""
-    return torch.linalg.vector_norm(blocks(layer, layer.scaled), ORDERS[order], dim=1).sum()
+    rows = layer.decoded.cut(layer.latent).reshape(layer.slices, -1)
+    return torch.linalg.vector_norm(blocks(layer, rows), ORDERS[order], dim=1).sum() / layer.decoded.gain
 
 
 def blocks(layer: Layer, rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .config import LilNetXConfig
-from .entropy_model import entropy_models, fit_entropy_models, latent_count, rate_terms
+from .entropy_model import count_of, entropy_models, fit_entropy_models, rate_terms
 from .parametrization import Layer, latent_layers
 from .priors import layer_slice_prior
 
@@ -58,31 +58,33 @@ class Regularization(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer has unscaled and clipped the gradients, which are alike on all ranks."""
-        layers = [layer for layer in latent_layers(self.model) if layer.latent.requires_grad]
+        every = latent_layers(self.model)
+        layers = [layer for layer in every if layer.latent.requires_grad]
         task = [layer.latent.grad for layer in layers]
-        count = latent_count(self.model)
-        rate = self._rate_gradients(layers, count, state.global_step)
+        count = count_of(every)
+        for layer in layers:
+            layer.latent.grad = None
+        self._add_rate_gradients(every, count, state.global_step)
+        rate = [layer.latent.grad for layer in layers]
         self._weigh(state.global_step, _norm(task), _norm(rate))
         for layer, own, added in zip(layers, task, rate, strict=True):
-            added.mul_(self.rate_weight)
-            layer.latent.grad = added if own is None else own.add_(added)
+            weight = self.rate_weight.to(layer.latent.dtype)
+            if own is None:
+                own = torch.zeros_like(layer.latent)
+            layer.latent.grad = own if added is None else own.addcmul_(added, weight)
             self._add_priors(layer, count)
         self.optimizer.step()
 
-    def _rate_gradients(self, layers: list[Layer], count: int, step: int) -> list[torch.Tensor]:
-        """Of the bits per parameter, for the latents; those of the entropy models are left in their `.grad`."""
+    def _add_rate_gradients(self, layers: list[Layer], count: int, step: int) -> None:
+        """Of the bits per parameter, for latents and entropy models."""
         device = self.rate_weight.device
         generator = torch.Generator(device).manual_seed((self.args.seed << 32) + step)
         self.optimizer.zero_grad()
         bits = torch.zeros((), device=device)
-        for layer in layers:
-            layer.latent.grad = None
-        for term in rate_terms(self.model, generator, self.args.rate_latents):
+        for term in rate_terms(layers, generator, self.args.rate_latents):
             (term / count).backward()
             bits += term.detach() / count
         self._numbers["bits"] = bits
-        found = [layer.latent.grad for layer in layers]
-        return [torch.zeros_like(x.latent) if g is None else g for x, g in zip(layers, found, strict=True)]
 
     def _weigh(self, step: int, task: torch.Tensor, rate: torch.Tensor) -> None:
         """Averages of both norms over the first epoch, and the weight that follows from them, where none is given."""
@@ -94,13 +96,11 @@ class Regularization(TrainerCallback):
             self._numbers["rate_weight"] = self.args.rate_ratio * ratio
 
     def _add_priors(self, layer: Layer, count: int) -> None:
-        args, terms = self.args, []
-        if args.l2_weight:
-            terms.append(args.l2_weight * layer.scaled.square().sum())
-        if args.slice_weight and layer.decoded.block:
-            terms.append(args.slice_weight * layer_slice_prior(layer, args.slice_order))
-        if terms:
-            (torch.stack(terms).sum() / count).backward()
+        latent: Any = layer.latent
+        if self.args.l2_weight:
+            latent.grad.addcmul_(latent.detach(), 2 * self.args.l2_weight / count / layer.decoded.gain.square())
+        if self.args.slice_weight and layer.decoded.block:
+            (layer_slice_prior(layer, self.args.slice_order) * (self.args.slice_weight / count)).backward()
 
     def logs(self) -> dict[str, float]:
         """Bits per parameter as the entropy models estimate them, and how long their gradient is beside the task's."""

@@ -192,11 +192,10 @@ class SFW(torch.optim.Optimizer):
 def _factor(group: dict[str, Any], oracle: Any, weights: Any) -> torch.Tensor:
     """By what the learning rate is multiplied."""
     mode, constraint = group["rescale"], group["constraint"]
-    if mode == "none":
-        return torch.ones_like(oracle.dual)
     diameter = constraint.radius_of(weights) * constraint.diameter_of_unit_ball(weights)
-    if mode == "diameter":
-        return torch.full_like(oracle.dual, 1 / diameter)
+    if mode in ("none", "diameter"):
+        factor = 1 if mode == "none" else 1 / diameter
+        return torch.full((), factor, dtype=torch.float64, device=local(weights[0]).device)
     return oracle.norm() / (diameter / 2 if mode == "fast_gradient" else oracle.squared_distance(weights).sqrt())
 
 

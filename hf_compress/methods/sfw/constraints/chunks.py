@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from ....distributed import local
@@ -52,19 +53,42 @@ def summed(values: Iterator[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def square_sum(piece: torch.Tensor) -> torch.Tensor:
-    """The sum of squares of a piece, a 0-dim float64 tensor with a relative error below 1e-6, whatever the scale."""
-    if piece.device.type == "cpu" and piece.dtype == torch.float32 and piece.numel():
-        flat = piece.reshape(-1)
-        # One dot product of all may add one entry after the other, and lose six digits of a million on some CPUs.
-        blocks = flat[: flat.numel() // _BLOCK * _BLOCK].view(-1, _BLOCK)
-        rest = flat[blocks.numel() :]
-        total = torch.linalg.vector_norm(blocks, dim=1).double().square().sum().item() + torch.dot(rest, rest).item()
-        if 1e-20 < total < 1e30:  # no square that counts was too small or too large for float32
-            return torch.tensor(total, dtype=torch.float64)
-    return torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+def square_sum(*parts: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of all parts, a 0-dim float64 tensor; see `square_sums`."""
+    return square_sums(iter(parts))
+
+
+def square_sums(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares of at least one part, in float32 or float64.
+
+    Returns:
+        A 0-dim float64 tensor with a relative error below 1e-6, whatever the scale.
+    """
+    numbers, tensors = 0.0, []
+    with np.errstate(all="ignore"):
+        for part in parts:
+            number = _square_sum_of_blocks(part)
+            # No square that counts was too small or too large for float32.
+            if 1e-20 < number < 1e30:
+                numbers += number
+            else:
+                tensors.append(torch.linalg.vector_norm(part, dtype=torch.float64).square())
+    return summed(iter(tensors)) + numbers if tensors else torch.tensor(numbers, dtype=torch.float64)
+
+
+def _square_sum_of_blocks(part: torch.Tensor) -> float:
+    """In float32, block by block; 0 where it would make an accelerator wait, or cut a float64 short."""
+    if part.device.type != "cpu" or part.dtype != torch.float32:
+        return 0.0
+    flat: np.ndarray = part.reshape(-1).numpy()
+    # One dot product of all may add one entry after the other, and lose six digits of a million on some CPUs.
+    blocks = flat[: flat.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    total = float(np.vecdot(blocks, blocks).sum(dtype=np.float64))
+    rest = flat[blocks.size :]
+    return total + float(np.dot(rest, rest)) if rest.size else total
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     """`square_sum` of the part of a tensor on this rank."""
-    return summed(map(square_sum, pieces(tensor)))
+    part = local(tensor).detach()
+    return square_sum(part) if part.dtype in (torch.float32, torch.float64) else square_sums(pieces(tensor))

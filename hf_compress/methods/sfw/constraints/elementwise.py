@@ -5,19 +5,22 @@ Sharded directions need no gathering: thresholds and norms are all that ranks ex
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from ....distributed import gathered, local, sharded_like, sum_over_shards
-from ....selection import kth_largest_magnitude
+from ....distributed import gathered, is_sharded, local, sharded_like, sum_over_shards
+from ....selection import Cut, cut_on_cpu, kth_largest_magnitude
 from .base import Constraint, Oracle, Tensors, check_k, count_of
-from .chunks import chunks, pieces, square_sum, squared_norm, summed, wide
+from .chunks import chunks, pieces, square_sum, square_sums, squared_norm, summed, wide
 
-# From a part of the direction, in float32 or float64, to the same part of the vertex, in memory of its own.
-Rule = Callable[[torch.Tensor], torch.Tensor]
+# From a part of the direction, in float32 or float64, to the same part of the vertex, written to the second tensor; the
+# number is the position of the first entry among those of all directions on this rank.
+Rule = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class ElementwiseOracle(Oracle):
@@ -28,16 +31,17 @@ class ElementwiseOracle(Oracle):
 
     def vertex(self, index: int) -> torch.Tensor:
         direction = self.directions[index]
-        return sharded_like(self.rule(wide(local(direction))).to(direction.dtype), direction)
+        part = wide(local(direction)).contiguous()
+        vertex = self.rule(part, torch.empty_like(part), self._start(index))
+        return sharded_like(vertex.to(direction.dtype), direction)
 
     def move_(self, weight: torch.Tensor, index: int, share: torch.Tensor) -> None:
         part, direction = local(weight), local(self.directions[index])
         if part.device.type != "cpu" or not (part.is_contiguous() and direction.is_contiguous()):
             super().move_(weight, index, share)
         elif self.is_valid:
-            share = share.to(part.dtype)
-            for piece, along in zip(chunks(part), chunks(direction), strict=True):
-                piece.lerp_(self.rule(wide(along)).to(part.dtype), share)
+            for piece, vertex in zip(chunks(part), self._pieces(index), strict=True):
+                piece.lerp_(vertex.to(part.dtype), float(share))
 
     def inner(self, weights: Tensors) -> torch.Tensor:
         products = []
@@ -48,10 +52,63 @@ class ElementwiseOracle(Oracle):
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
-        for weight, direction in zip(weights, self.directions, strict=True):
-            pieces = zip(chunks(local(weight)), chunks(local(direction)), strict=True)
-            squares.append(summed(square_sum(self.rule(wide(g)).sub_(w)) for w, g in pieces))
+        for index, weight in enumerate(weights):
+            pieces = zip(chunks(local(weight)), self._pieces(index), strict=True)
+            squares.append(square_sums(vertex.sub_(w) for w, vertex in pieces))
         return sum_over_shards(squares, weights)
+
+    def _pieces(self, index: int) -> Iterator[torch.Tensor]:
+        """The part of the vertex on this rank in chunks; the next one takes the place of the one before."""
+        scratch: torch.Tensor | None = None
+        start = self._start(index)
+        for piece in pieces(self.directions[index]):
+            scratch = torch.empty_like(piece) if scratch is None else scratch[: piece.numel()]
+            yield self.rule(piece, scratch, start)
+            start += piece.numel()
+
+    def _start(self, index: int) -> int:
+        return sum(local(g).numel() for g in self.directions[:index])
+
+
+class LargestEntriesOracle(ElementwiseOracle):
+    """The K largest entries; those that tie with the smallest of them share what is left of the K.
+
+    Shrinking an entry hard keeps it where it is above a limit: here the number just below the threshold.
+    """
+
+    def __init__(self, directions: Tensors, cut: Cut, k: int, radius: float, is_polytope: bool) -> None:
+        self.directions, self.cut, self.k = directions, cut, k
+        self.radius, self.is_polytope = radius, is_polytope
+        self.limit = float(np.nextafter(cut.threshold, cut.threshold.dtype.type(0)))
+        self.num_missing = k - (_numel(directions) - cut.num_smaller - cut.ties.size)
+        self.ties = cut.ties if self.num_missing < cut.ties.size else cut.ties[:0]
+
+    @functools.cached_property
+    def dual(self) -> torch.Tensor:  # type: ignore[override]
+        threshold = float(self.cut.threshold)
+        above = (torch.nn.functional.hardshrink(x, threshold) for g in self.directions for x in pieces(g))
+        if self.is_polytope:
+            return summed(map(_abs_sum, above)) + self.num_missing * threshold
+        return (square_sums(above) + self.num_missing * threshold**2).sqrt()
+
+    @property
+    def is_valid(self) -> torch.Tensor:
+        limits = torch.finfo(torch.float32)
+        # The dual norm is at least the largest entry, at most K times it, and costs a pass.
+        if limits.smallest_normal <= self.cut.largest and self.k * self.cut.largest <= limits.max:
+            return torch.tensor(True)
+        return super().is_valid
+
+    def rule(self, g: torch.Tensor, out: torch.Tensor, start: int) -> torch.Tensor:
+        """See `Rule`."""
+        torch.ops.aten.hardshrink.out(g, self.limit, out=out)
+        # A radius over a small dual norm would be more than a float32 can hold.
+        out = out.sign_() if self.is_polytope else out.div_(self.dual.item())
+        out.mul_(-self.radius)
+        if self.ties.size:
+            first, last = np.searchsorted(self.ties, (start, start + g.numel()))
+            out.view(-1)[torch.from_numpy(self.ties[first:last] - start)] *= self.num_missing / self.cut.ties.size
+        return out
 
 
 class LpBall(Constraint):
@@ -84,18 +141,19 @@ class LpBall(Constraint):
             return _largest_entries(directions, 1, radius, is_polytope=True)
         if self.p == math.inf:
             dual = sum_over_shards([summed(_abs_sum(x) for x in pieces(g)) for g in directions], directions)
-            return ElementwiseOracle(directions, dual, lambda g: g.sign().mul_(-radius))
+            return ElementwiseOracle(directions, dual, lambda g, out, _: torch.sign(g, out=out).mul_(-radius))
         if self.p == 2:
             norm = sum_over_shards([squared_norm(g) for g in directions], directions).sqrt()
-            return ElementwiseOracle(directions, norm, lambda g: (g / norm.to(g.dtype)).mul_(-radius))
+            scaled: Rule = lambda g, out, _: torch.div(g, norm.to(g.dtype), out=out).mul_(-radius)  # noqa: E731
+            return ElementwiseOracle(directions, norm, scaled)
         # Powers of entries over the largest one neither overflow nor vanish.
         largest, q = _largest(directions), self.p / (self.p - 1)
         powers = [summed(_power_sum(x, largest, q) for x in pieces(g)) for g in directions]
         norm = sum_over_shards(powers, directions).pow(1 / q)
 
-        def rule(g: torch.Tensor) -> torch.Tensor:
-            unit = g / largest.to(g.dtype)
-            return unit.abs().pow_(q - 1).copysign_(g).mul_((-radius / norm.pow(q - 1)).to(g.dtype))
+        def rule(g: torch.Tensor, out: torch.Tensor, _: int) -> torch.Tensor:
+            unit = torch.div(g, largest.to(g.dtype), out=out)
+            return unit.abs_().pow_(q - 1).copysign_(g).mul_((-radius / norm.pow(q - 1)).to(g.dtype))
 
         return ElementwiseOracle(directions, largest * norm, rule)
 
@@ -220,55 +278,25 @@ def _largest_entries(directions: Tensors, k: int, radius: float, is_polytope: bo
     Entries that tie with the smallest of them share what is left of the K, so that no position is preferred: this is
     the average of the best vertices.
     """
+    if {g.device.type for g in directions} == {"cpu"} and not any(map(is_sharded, directions)):
+        cut = cut_on_cpu(directions, k)
+        if cut is not None and len({g.dtype for g in directions}) == 1:
+            return LargestEntriesOracle(directions, cut, k, radius, is_polytope)
     threshold = kth_largest_magnitude(directions, k).double()
-    if all(local(g).device.type == "cpu" for g in directions):
-        oracle = _untied_entries(directions, k, threshold, radius, is_polytope)
-        if oracle is not None:
-            return oracle
     stats = sum_over_shards([summed(_stats(x, threshold) for x in pieces(g)) for g in directions], directions)
     num_above, num_tied, total, squares = stats
     missing = k - num_above
     dual = total + missing * threshold if is_polytope else (squares + missing * threshold**2).sqrt()
     weight_of_ties = missing / num_tied
 
-    def rule(g: torch.Tensor) -> torch.Tensor:
+    def rule(g: torch.Tensor, out: torch.Tensor, _: int) -> torch.Tensor:
         level = threshold.to(g.dtype)
         magnitude = g.abs()
-        weights = (magnitude > level).to(g.dtype)
+        weights = out.copy_(magnitude > level)
         weights += (magnitude == level) * weight_of_ties.to(g.dtype)
         return weights.mul_(g.sign() if is_polytope else g / dual.to(g.dtype)).mul_(-radius)
 
     return ElementwiseOracle(directions, dual, rule)
-
-
-def _untied_entries(
-    directions: Tensors, k: int, threshold: torch.Tensor, radius: float, is_polytope: bool
-) -> Oracle | None:
-    """`_largest_entries` where precisely K entries reach the threshold, as they do unless some tie; None otherwise.
-
-    Shrinking an entry hard keeps it where it is above a limit: here the number just below the threshold.
-    """
-    dtypes = {wide(local(g)).dtype for g in directions}
-    if len(dtypes) > 1:
-        return None
-    limit = torch.nextafter(threshold.to(dtypes.pop()), torch.zeros(())).item()
-
-    def stats(g: torch.Tensor) -> torch.Tensor:
-        kept = torch.nn.functional.hardshrink(g, limit)
-        size = kept.abs().sum(dtype=torch.float64) if is_polytope else square_sum(kept)
-        return torch.stack([torch.count_nonzero(kept).double(), size])
-
-    count, size = sum_over_shards([summed(map(stats, pieces(g))) for g in directions], directions)
-    if count != k:
-        return None
-    if is_polytope:
-        return ElementwiseOracle(
-            directions, size, lambda g: torch.nn.functional.hardshrink(g, limit).sign_().mul_(-radius)
-        )
-    dual = size.sqrt()  # a radius over a small one would be more than a float32 can hold
-    return ElementwiseOracle(
-        directions, dual, lambda g: torch.nn.functional.hardshrink(g, limit).div_(dual.item()).mul_(-radius)
-    )
 
 
 def _stats(g: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

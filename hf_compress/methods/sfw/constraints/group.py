@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ....distributed import dealt_like, local, sharded_like, sum_over_shards
+from ....distributed import dealt_like, is_sharded, local, sharded_like, sum_over_shards
 from .base import Constraint, Oracle, Tensors, check_k, count_of
-from .chunks import rows, square_sum, summed, wide
+from .chunks import rows, square_sum, square_sums, wide
 from .elementwise import k_support_norm
 
 Numbers = int | str | Sequence[int]  # one for all tensors, or one for each
@@ -49,7 +49,7 @@ class GroupOracle(Oracle):
             kept = self._few_rows(index)
             if kept is None:
                 pieces = zip(rows(part), rows(direction), rows(scale, part), strict=True)
-                squares.append(summed(square_sum(torch.addcmul(wide(w), wide(g), s, value=-1)) for w, g, s in pieces))
+                squares.append(square_sums(torch.addcmul(wide(w), wide(g), s, value=-1) for w, g, s in pieces))
             else:
                 w, g, s = (wide(t.index_select(0, kept)) for t in (part, direction, scale))
                 elsewhere = _squares_along(part, 0).index_fill_(0, kept, 0)
@@ -141,10 +141,9 @@ class GroupKSupportBall(Constraint):
         k, squares = self.count(directions), self._squares(directions)
         level = squares.kthvalue(squares.numel() - k + 1).values
         above, tied = squares > level, squares == level
-        missing = k - above.sum(dtype=torch.float64)
-        dual = (torch.where(above, squares, 0).sum() + missing * level).sqrt()
-        dual = torch.where(squares.isfinite().all(), dual, torch.nan)
-        factors = (above + tied * (missing / tied.sum())) * (-self.radius_of(directions) / dual)
+        weights = above + tied * ((k - above.sum(dtype=torch.float64)) / tied.sum())
+        dual = (squares * weights).sum().sqrt()  # NaN times zero is NaN
+        factors = weights * (-self.radius_of(directions) / dual)
         factors = factors.clamp(min=torch.finfo(torch.float32).min)  # infinity times zero would be no zero
         return GroupOracle(directions, self._along_axes(factors, directions), dual, squares.sum().sqrt())
 
@@ -182,7 +181,7 @@ class GroupKSupportBall(Constraint):
         squares = []
         for tensor, axis, layout in self._layouts(tensors):
             part = _squares_along(local(tensor), axis)
-            if axis == 0:
+            if axis == 0 and is_sharded(tensor):
                 part = part.new_zeros(tensor.shape[0]).index_copy_(0, _rows_here(tensor), part)
             whole = sum_over_shards([part], [tensor]).to(local(tensors[0]).device)
             squares.append(whole.view(layout).sum((0, 2)))
@@ -197,7 +196,7 @@ class GroupKSupportBall(Constraint):
         for numbers, (tensor, axis, layout) in zip(parts, layouts, strict=True):
             numbers = numbers.to(local(tensor).device, torch.promote_types(tensor.dtype, torch.float32))
             here = numbers[:, None].expand(layout).reshape(-1)
-            if axis == 0:
+            if axis == 0 and is_sharded(tensor):
                 here = here.index_select(0, _rows_here(tensor))
             found.append(here.view([-1 if dim == axis else 1 for dim in range(tensor.ndim)]))
         return found

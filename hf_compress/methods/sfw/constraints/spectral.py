@@ -23,7 +23,7 @@ import torch
 from ....distributed import dealt_like, gathered, local, sharded_like, sum_over_shards
 from ....selection import CHUNK
 from .base import Constraint, Oracle, Tensors, check_k, count_of
-from .chunks import square_sum, summed, wide
+from .chunks import square_sums, wide
 from .elementwise import LpBall, k_support_norm
 from .elementwise import _excess_over as excess_over
 
@@ -59,7 +59,7 @@ class SpectralOracle(Oracle):
             part = _matrix(local(weight))
             size = max(1, CHUNK // part.shape[1]) if part.device.type == "cpu" else max(1, part.shape[0])
             pieces = zip(part.split(size), left.split(size), strict=True)
-            squares.append(summed(square_sum(torch.addmm(wide(w), rows, right, beta=-1)) for w, rows in pieces))
+            squares.append(square_sums(torch.addmm(wide(w), rows, right, beta=-1) for w, rows in pieces))
         return sum_over_shards(squares, weights)
 
 
