@@ -22,6 +22,7 @@ ORDER = [
     ("codec", 2),
     ("oneshot", 3),
     ("loading", 3),
+    ("methods.*.settings", 4),
     ("methods.*.constraints", 4),
     ("methods.*.optimizer", 4),
     ("methods.*.init", 4),

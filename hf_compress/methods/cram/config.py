@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ...patterns import parse_patterns
 from ...training import CompressionArguments
-from .optimizer import DEFAULT_PATTERNS, check_options, check_rho
+from .optimizer import DEFAULT_PATTERNS
+from .settings import check_options, check_rho
 
 
 @dataclass

@@ -26,6 +26,7 @@ from ...patterns import Pattern, parse_patterns
 from ...patterns.masking import add_masked_, masked
 from ...structure import find_coupled_targets
 from ...targets import Target, unwrap
+from .settings import check_options, check_rho
 
 _HALF = (torch.bfloat16, torch.float16)
 DEFAULT_PATTERNS = ("unstructured:0.5", "unstructured:0.7", "unstructured:0.9")
@@ -256,14 +257,13 @@ class _Ascent:
         rho = self._coefficient(grad_scale)
         for name, target in in_half.items():
             if target.parameter.grad is not None:
-                _add_(local(wide[name].parameter), _gradient(target.parameter).float(), rho)
+                weight = local(wide[name].parameter)
+                _ascended(weight, _gradient(target.parameter).float(), rho, weight)
         touched = list(self.touched.values())
         for parameter, memory in zip(touched, self.cram.memory_like(touched), strict=True):
-            self.saved.append((parameter, memory.copy_(local(parameter))))
-            if parameter.grad is not None:  # right after the copy, while the weight is in the cache
-                _add_(local(parameter), _gradient(parameter), rho)
-                if not self.cram.plus:
-                    _gradient(parameter).zero_()
+            self._leave(parameter, memory, rho)
+            if parameter.grad is not None and not self.cram.plus:
+                _gradient(parameter).zero_()
         if pattern is not None:
             try:
                 masks = pattern.compress_({n: wide[n] if n in wide else in_float[n] for n in self.targets})
@@ -274,6 +274,16 @@ class _Ascent:
             if self.cram.mask_gradient:
                 self._mask_gradients(masks)
         reshard(self.cram.model)
+
+    def _leave(self, parameter: torch.Tensor, memory: torch.Tensor, rho: float | torch.Tensor) -> None:
+        """The parameter is w + rho * g, and w is kept."""
+        gradient = None if parameter.grad is None else _gradient(parameter)
+        if _has_own_memory(parameter):  # no copy there and none back
+            self.saved.append((parameter, parameter.data))
+            parameter.data = _ascended(parameter.data, gradient, rho, memory)
+            return
+        self.saved.append((parameter, memory.copy_(local(parameter))))
+        _ascended(local(parameter), gradient, rho, local(parameter))
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -301,7 +311,10 @@ class _Ascent:
             parameter.grad = gradient
         self.aside = []
         for parameter, value in self.saved:
-            local(parameter).copy_(value)
+            if _has_own_memory(parameter):
+                parameter.data = value
+            else:
+                local(parameter).copy_(value)
         reshard(self.cram.model)
         for parameter, gradient in zip(self.parameters, self.unchanged, strict=False):
             _gradient(parameter).copy_(gradient)
@@ -361,26 +374,20 @@ class _Ascent:
         self.handles.append(parameter.register_post_accumulate_grad_hook(merge))
 
 
-def check_rho(rho: float) -> float:
-    """`rho` if it is finite and not negative; ValueError otherwise."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
-        raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
-    return rho
+def _has_own_memory(parameter: torch.Tensor) -> bool:
+    """Whether other memory may stand in for that of a parameter: no shards, no graph of a GPU that knows addresses."""
+    return parameter.device.type == "cpu" and not is_sharded(parameter)
 
 
-def check_options(plus_reduction: str, every: int) -> None:
-    """ValueError for an unknown reduction, or an interval that is no whole number of at least 1."""
-    if plus_reduction not in ("sum", "mean"):
-        raise ValueError(f"plus_reduction must be 'sum' or 'mean', got {plus_reduction!r}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-
-
-def _add_(weight: torch.Tensor, gradient: torch.Tensor, factor: float | torch.Tensor) -> None:
-    if isinstance(factor, torch.Tensor):
-        weight.addcmul_(gradient, factor.to(weight.device, weight.dtype))
-    elif factor:
-        weight.add_(gradient, alpha=factor)
+def _ascended(
+    weight: torch.Tensor, gradient: torch.Tensor | None, rho: float | torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """w + rho * g, written to `out`."""
+    if gradient is None:
+        return out.copy_(weight)
+    if isinstance(rho, torch.Tensor):
+        return torch.addcmul(weight, gradient, rho.to(weight.device, weight.dtype), out=out)
+    return torch.add(weight, gradient, alpha=rho, out=out)
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:

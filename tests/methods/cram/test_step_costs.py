@@ -6,35 +6,13 @@ import tracemalloc
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_compress.methods.cram import CrAM
 from hf_compress.selection import CHUNK
+from tests.methods.watch import WAITS, Watch
 
 WIDTH = 512
 PATTERNS = ["unstructured:0.9", "unstructured:0.5:layer", "2:4", "4:8"]
-
-
-class Watch(TorchDispatchMode):
-    """The largest new tensor, bytes written, and names of all calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.written, self.names = 0, 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        old = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        self.names.append(name)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            size = tensor.numel() * tensor.element_size()
-            if tensor.untyped_storage().data_ptr() not in old:
-                self.largest = max(self.largest, size)
-            self.written += size if name.endswith("_") else 0
-        return result
 
 
 def net():
@@ -81,16 +59,16 @@ def test_nothing_larger_than_a_mask_is_allocated(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_each_weight_is_written_a_few_times(pattern):
-    """Saved, perturbed, cut, put back, stepped: sweeps over the weights, counted by bytes written."""
+    """Perturbed into memory that is kept, and cut there: sweeps over the weights, counted by bytes written."""
     watch, _, model = bookkeeping(pattern)
     copy = sum(4 * p.numel() for p in model.parameters())
-    assert watch.written <= 6.1 * copy
-    assert watch.written >= 3 * copy  # else nothing was watched
+    assert watch.written <= 3.2 * copy
+    assert watch.written >= copy  # else nothing was watched
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_no_number_is_asked_for(pattern):
     """Every one of these would make the host wait for an accelerator."""
     watch, *_ = bookkeeping(pattern)
-    assert not {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero"} & set(watch.names)
-    assert "copy_" in watch.names
+    assert not WAITS & set(watch.names)
+    assert "_fused_sgd_" in watch.names
