@@ -23,6 +23,7 @@ from .distillation import DistillationMixin
 from .distributed import run_on_main
 from .family import Family, Variant, build_family
 from .family.storage import check_storage
+from .fused_sgd import FusedSGDMixin
 from .patterns import Pattern, parse_patterns
 from .targets import find_targets
 from .training_data import TrainingBatches, generators_kept
@@ -99,7 +100,7 @@ class CompressionArguments(TrainingArguments):
         self.eval_patterns = checked if self.eval_patterns is not None else None
 
 
-class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, _TrainerBase):
+class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMixin, _TrainerBase):
     """Goes before a `Trainer` class. Methods derive from it and set `method` and `config_class`."""
 
     method: ClassVar[str]

@@ -121,3 +121,12 @@ def test_the_arguments_that_differ_are_the_recipe(tmp_path):
 def test_a_vision_transformer_too(tmp_path):
     trainer = make(tmp_path, model=tiny_vit(), max_steps=1)
     assert trainer.build_family(["unstructured:0.9"])["unstructured:0.9"].loads_with == "transformers"
+
+
+def test_sgd_is_fused_as_adamw_is(tmp_path):
+    trainer = make(tmp_path, max_steps=1, optim="sgd", optim_args="momentum=0.9")
+    assert trainer.create_optimizer().defaults["fused"] is True
+    kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    assert (kind, options["momentum"]) == (torch.optim.SGD, 0.9)
+    adamw = make(tmp_path / "adamw", max_steps=1)
+    assert adamw.create_optimizer().defaults["fused"] is True  # the default of the Trainer

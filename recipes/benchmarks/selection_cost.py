@@ -2,7 +2,8 @@
 
 A copy reads and writes every weight once, into memory that is there already. All forms run in turns on the processor
 clock of one thread. "topk" takes a sorted topk of all magnitudes, laid into one tensor at once, as the published
-optimizers do in their better cases; "sort" orders them all, and "argsort" is the published way to N:M masks. Before they are timed, masks are compared with those of a stable sort.
+optimizers do in their better cases; "sort" orders them all, and "argsort" is the published way to N:M masks. Before
+they are timed, masks are compared with those of a stable sort.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/selection_cost.py --output selection_cost.json
 """

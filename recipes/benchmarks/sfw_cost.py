@@ -137,7 +137,7 @@ def bert_mini() -> tuple[Any, Callable[[Any], torch.Tensor]]:
 
 
 def gaps(model: Any, loss: Callable[[Any], torch.Tensor], steps: int = 40) -> dict[str, float]:
-    """How far a followed vertex is from the best one, over all layers that are followed and steps from the eighth on."""
+    """How far a followed vertex is from the best one, over all followed layers and steps from the eighth on."""
     sfw = create_sfw(model, SPECTRAL, lr=0.03)
     found = []
     for step in range(steps):

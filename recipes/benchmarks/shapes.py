@@ -63,5 +63,7 @@ def copies_at_peak(make: Callable[[], tuple[Any, Callable[[], Any]]], steps: int
     for _ in range(steps):
         step()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # ru_maxrss would start from that of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
     return {"copies": round((peak - before) / size, 3), "parameter_bytes": size}

@@ -46,6 +46,7 @@ ORDER = [
     ("checkpoints", 7),
     ("compressed_evaluation", 7),
     ("distillation", 7),
+    ("fused_sgd", 7),
     ("training", 7),
     ("callbacks", 7),
     ("methods.*.config", 7),

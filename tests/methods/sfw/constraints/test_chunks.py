@@ -18,6 +18,18 @@ def test_sums_of_squares(scale, size, dtype):
     assert squared_norm(x).item() == pytest.approx(exact.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["normal", "equal", "one sign"])
+def test_a_hundred_million_entries(kind):
+    """Where a running sum in float32 has long stopped to grow."""
+    part = {
+        "normal": torch.randn(100_000, generator=torch.Generator().manual_seed(0)),
+        "equal": torch.full((100_000,), 0.1),
+        "one sign": torch.rand(100_000, generator=torch.Generator().manual_seed(0)),
+    }[kind]
+    whole = part.repeat(1000)
+    assert squared_norm(whole).item() == pytest.approx(1000 * part.double().square().sum().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(value):
     assert not squared_norm(torch.tensor([1.0, value])).isfinite()
