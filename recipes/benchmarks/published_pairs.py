@@ -34,7 +34,6 @@ State = dict[str, torch.Tensor]
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 SGD: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 LILNETX = {"rate": 0.1, "l2": 1e-6, "slices": 1e-5, "lr": 0.01, "entropy_lr": 1e-3}
-RAND = torch.rand
 HEADS, TAILS = 0, 1  # seeds whose first uniform number is above a half, and below
 
 
@@ -276,9 +275,10 @@ def removed(net: Any, small: Any, chosen: dict[str, list[int]], pruner: Any) -> 
     return {"same_filters": same, "removal": {"largest_difference_of_logits": apart, "parameters": counts}}
 
 
-def rand_in_float(*size: Any, dtype: Any = None, **options: Any) -> torch.Tensor:
-    """What torch.rand draws in float32, as the published code has it, in any type."""
-    return RAND(*size, dtype=torch.float32, **options).to(dtype)
+def uniform_in_float(noise: torch.Tensor, low: float, high: float, generator: Any = None) -> torch.Tensor:
+    """What the published code draws, which is in float32, in any type."""
+    drawn = torch.rand(noise.shape, generator=generator).to(noise.dtype)
+    return noise.copy_(drawn * (high - low) + low)
 
 
 def lilnetx_pair(s: Settings, options: Any, dtype: torch.dtype, is_aligned: bool = False, nudge: float = 0.0) -> Pair:
@@ -305,7 +305,7 @@ def lilnetx_pair(s: Settings, options: Any, dtype: torch.dtype, is_aligned: bool
         adam.zero_grad()
         of_entropies.zero_grad()
         loss = cross_entropy(ours.train()(x), y)
-        with patch.object(torch, "rand", rand_in_float):
+        with patch.object(torch.Tensor, "uniform_", uniform_in_float):
             bits = lilnetx.rate_bits(ours, generator=generator)
         priors = LILNETX["l2"] * lilnetx.l2_prior(ours) + LILNETX["slices"] * lilnetx.slice_prior(ours)
         (loss + LILNETX["rate"] * bits / rows + priors).backward()

@@ -168,6 +168,7 @@ def main() -> None:
             cases[name]["accuracy"]["nudged"] = run["accuracy"]
         else:
             cases[name] = {"why": WHY.get(name, ""), **run}
+            del cases[name]["settings"]["commits"]
     result = {
         "what": __doc__,
         "command": "OMP_NUM_THREADS=1 python recipes/benchmarks/published_parity.py --published FOLDER --data FOLDER "

@@ -23,6 +23,7 @@ ORDER = [
     ("oneshot", 3),
     ("loading", 3),
     ("methods.*.settings", 4),
+    ("methods.*.excursion", 4),
     ("methods.*.constraints", 4),
     ("methods.*.optimizer", 4),
     ("methods.*.init", 4),

@@ -26,6 +26,7 @@ from ...patterns import Pattern, parse_patterns
 from ...patterns.masking import add_masked_, masked
 from ...structure import find_coupled_targets
 from ...targets import Target, unwrap
+from .excursion import ascended, come_back, leave
 from .settings import check_options, check_rho
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -258,12 +259,11 @@ class _Ascent:
         for name, target in in_half.items():
             if target.parameter.grad is not None:
                 weight = local(wide[name].parameter)
-                _ascended(weight, _gradient(target.parameter).float(), rho, weight)
+                ascended(weight, _gradient(target.parameter).float(), rho, weight)
         touched = list(self.touched.values())
-        for parameter, memory in zip(touched, self.cram.memory_like(touched), strict=True):
-            self._leave(parameter, memory, rho)
-            if parameter.grad is not None and not self.cram.plus:
-                _gradient(parameter).zero_()
+        leave(touched, self.cram.memory_like(touched), rho, self.saved)
+        if not self.cram.plus:
+            torch._foreach_zero_([_gradient(p) for p in self.parameters])
         if pattern is not None:
             try:
                 masks = pattern.compress_({n: wide[n] if n in wide else in_float[n] for n in self.targets})
@@ -274,16 +274,6 @@ class _Ascent:
             if self.cram.mask_gradient:
                 self._mask_gradients(masks)
         reshard(self.cram.model)
-
-    def _leave(self, parameter: torch.Tensor, memory: torch.Tensor, rho: float | torch.Tensor) -> None:
-        """The parameter is w + rho * g, and w is kept."""
-        gradient = None if parameter.grad is None else _gradient(parameter)
-        if _has_own_memory(parameter):  # no copy there and none back
-            self.saved.append((parameter, parameter.data))
-            parameter.data = _ascended(parameter.data, gradient, rho, memory)
-            return
-        self.saved.append((parameter, memory.copy_(local(parameter))))
-        _ascended(local(parameter), gradient, rho, local(parameter))
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -310,11 +300,7 @@ class _Ascent:
         for parameter, gradient in self.aside:
             parameter.grad = gradient
         self.aside = []
-        for parameter, value in self.saved:
-            if _has_own_memory(parameter):
-                parameter.data = value
-            else:
-                local(parameter).copy_(value)
+        come_back(self.saved)
         reshard(self.cram.model)
         for parameter, gradient in zip(self.parameters, self.unchanged, strict=False):
             _gradient(parameter).copy_(gradient)
@@ -372,22 +358,6 @@ class _Ascent:
             parameter.grad = None
 
         self.handles.append(parameter.register_post_accumulate_grad_hook(merge))
-
-
-def _has_own_memory(parameter: torch.Tensor) -> bool:
-    """Whether other memory may stand in for that of a parameter: no shards, no graph of a GPU that knows addresses."""
-    return parameter.device.type == "cpu" and not is_sharded(parameter)
-
-
-def _ascended(
-    weight: torch.Tensor, gradient: torch.Tensor | None, rho: float | torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
-    """w + rho * g, written to `out`."""
-    if gradient is None:
-        return out.copy_(weight)
-    if isinstance(rho, torch.Tensor):
-        return torch.addcmul(weight, gradient, rho.to(weight.device, weight.dtype), out=out)
-    return torch.add(weight, gradient, alpha=rho, out=out)
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
