@@ -3,9 +3,9 @@
 Time is the processor clock of one thread, all optimizers in turns, so that a busy machine slows them alike; ratios are
 of the minima and medians over rounds. Gradients are random and change a little from step to step, as momentum does in
 training. "published" is the code of the paper in the same balls, where a folder with its checkout is given: in fewer
-rounds, and on ResNet-50 alone, for its groups are filters of convolutions. Memory is the peak of a process of its own, in copies of the parameters: weights, gradients and momentum
-are three. "gaps" are 1 - <g, v> / dual norm of the spectral vertex, on the momentum of 40 training steps from the
-eighth on, all layers: 0 is the exact one.
+rounds, and on ResNet-50 alone, for its groups are filters of convolutions. Memory is the peak of a process of its own,
+in copies of the parameters: weights, gradients and momentum are three. "gaps" are 1 - <g, v> / dual norm of the
+spectral vertex, on the momentum of 40 training steps from the eighth on, all layers: 0 is the exact one.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/sfw_cost.py --published FOLDER --output sfw_cost.json
 """
