@@ -64,8 +64,8 @@ def main() -> None:
         "published": published.commits(options.published) if options.published else {},
         "rounds": ROUNDS,
         "forms": FORMS,
-        "gaps": {"resnet18": gaps(*resnet18()), "bert-mini": gaps(*bert_mini())},
         "nets": {name: measured(name, options.published) for name in SHAPES},
+        "gaps": {"resnet18": gaps(*resnet18()), "bert-mini": gaps(*bert_mini())},
     }
     text = json.dumps(result, indent=2)
     if options.output:

@@ -158,6 +158,32 @@ def test_costs_of_sfw_are_those_of_the_result():
     assert all(nets[net][region]["ratio_of_minima"] <= limit for region, limit in limits.items() for net in nets)
 
 
+def test_costs_of_steps_are_those_of_the_results():
+    cram = result_of("cram_cost")
+    names = {"resnet18": "ResNet-18", "bert-mini": "BERT-mini", "bert-tiny": "BERT-tiny"}
+    for net, name in names.items():
+        found = cram["steps"][net]
+        ratios = [found[form]["ratio_of_minima"] for form in ("two passes", "cram", "published")]
+        line = " | ".join(f"{ratio:.2f} x" for ratio in ratios)
+        assert re.search(rf"^\| {name}, 16 .*\| {re.escape(line)} \|$", README, re.MULTILINE)
+    alone = [cram["bookkeeping"][net]["cram_alone"] for net in ("resnet50", "bert-base")]
+    assert f"{alone[0]:.1f} (ResNet-50) and {alone[1]:.1f} (BERT-base) fused steps of SGD" in README
+    peaks = [cram["memory"][name]["copies"] for name in ("cram", "plain")]
+    assert f"{peaks[0]:.1f} times its weights, of a plain run {peaks[1]:.1f} times" in README
+    shares = [100 * (case["lilnetx_over_plain"] - 1) for case in result_of("lilnetx_cost")["cases"].values()]
+    wanted = "{:.0f} % of a step of ResNet-20 with 64 images, {:.0f} % with 128, {:.0f} % of BERT-mini"
+    assert wanted.format(*shares) in README
+
+
+def test_costs_of_selection_are_those_of_the_result():
+    nets = result_of("selection_cost")["nets"]
+    copies = [
+        nets[net][f"global {share}"]["ratio_of_minima"] for net in ("resnet50", "bert-base") for share in (0.9, 0.95)
+    ]
+    assert min(copies) >= 2.5  # "3 to 4 times as long as a copy"
+    assert max(copies) <= 4.5
+
+
 def test_numbers_of_sfw_on_cifar10_are_those_of_the_result():
     result = result_of("cifar10_sfw")
     table = README.split("| region, ResNet-20 | one-shot |")[1].split("\n\n")[0]
@@ -286,3 +312,13 @@ def test_bits_and_f1_over_time_are_those_of_the_result():
         assert run["loaded"]["f1"] == pytest.approx(seen[-1]["f1"], abs=1)
         if own["rate_weight"]:
             assert seen[-1]["bits"] < seen[0]["bits"]
+
+
+def test_differences_to_the_published_code_are_those_of_the_result():
+    cases = result_of("published_parity")["cases"]
+    for name, case in cases.items():
+        if "qrpartial" not in name:  # which starts from random columns
+            largest = case["aligned"]["10"]["largest"]
+            assert largest <= 1e-6, name
+            assert f"| {name} | {largest:.0e} |" in README
+    assert len(cases) == 11
