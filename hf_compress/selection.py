@@ -70,10 +70,8 @@ def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tens
         return _kth_of_shards(weights, total - k + 1)
     if any(w.device.type != "cpu" for w in weights):
         return kth_smallest_magnitude(weights, total - k + 1)
-    try:
-        return kth_smallest_magnitude(weights, total - k + 1)
-    except ValueError:  # a NaN
-        return torch.tensor(torch.nan, dtype=weights[0].dtype)
+    cut = cut_on_cpu(weights, k)
+    return torch.tensor(torch.nan, dtype=weights[0].dtype) if cut is None else torch.tensor(cut.threshold)
 
 
 def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
@@ -90,7 +88,7 @@ class Cut(NamedTuple):
         threshold: the largest magnitude that is pruned.
         num_smaller: entries below the threshold.
         largest: the largest magnitude of all.
-        ties: positions of the entries of that magnitude, in their order; at least one of them is pruned.
+        ties: positions of the entries of the threshold's magnitude, in their order; at least one of them is pruned.
         in_band: positions of smaller entries that masks still keep.
     """
 

@@ -37,7 +37,7 @@ def leave(
         weights, gradients = [w for w, _ in climbing], [g for _, g in climbing]
         if isinstance(rho, torch.Tensor):
             torch._foreach_addcmul_(weights, gradients, [rho.to(w.device, w.dtype) for w in weights])
-        else:
+        elif rho:
             torch._foreach_add_(weights, gradients, alpha=rho)
 
 
@@ -54,12 +54,12 @@ def come_back(saved: Saved) -> None:
 def ascended(
     weight: torch.Tensor, gradient: torch.Tensor | None, rho: float | torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """w + rho * g, written to `out`."""
+    """w + rho * g, written to `out`; w itself for a rho of 0, which an infinite gradient would make NaN."""
     if gradient is None:
         return out.copy_(weight)
     if isinstance(rho, torch.Tensor):
         return torch.addcmul(weight, gradient, rho.to(weight.device, weight.dtype), out=out)
-    return torch.add(weight, gradient, alpha=rho, out=out)
+    return torch.add(weight, gradient, alpha=rho, out=out) if rho else out.copy_(weight)
 
 
 def _has_own_memory(parameter: torch.Tensor) -> bool:

@@ -62,6 +62,17 @@ def test_an_exception_brings_the_weights_back(has_own_memory, monkeypatch):
     assert [p.data_ptr() for p in model.parameters()] == places
 
 
+@pytest.mark.parametrize("has_own_memory", [True, False])
+def test_without_ascent_an_infinite_gradient_stays_out_of_the_weights(has_own_memory, monkeypatch):
+    monkeypatch.setattr(excursion, "_has_own_memory", lambda parameter: has_own_memory)
+    model = net()
+    cram = CrAM(torch.optim.SGD(model.parameters(), lr=0.1), model, ["unstructured:0.5"], rho=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with cram.compressed():
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def fail_inside(model, before, places, has_own_memory):
     weights = list(model.parameters())
     assert not all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))
