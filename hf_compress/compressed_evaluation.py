@@ -38,27 +38,27 @@ class CompressedEvaluationMixin(_TrainerBase):
     train_dataset: Any
     _score_compressed: Callable[[], dict[str, float]] | None = None
 
-    def _check_eval_patterns(self) -> None:
-        """ValueError where a pattern could not be evaluated, before anything is trained."""
-        if not self.args.eval_patterns:
-            return
-        is_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
-        if self.is_deepspeed_enabled or is_fsdp1 or getattr(self.model, "is_quantized", False):
-            raise ValueError(
-                "eval_patterns writes into single weights, which DeepSpeed, FSDP1 and quantized models hide; leave it "
-                "out, or run on one process, with DistributedDataParallel or with FSDP2 (fsdp_version: 2)"
-            )
-        targets = self._targets()
-        if not targets:
-            raise ValueError(f"eval_patterns has nothing to compress: {type(self.model).__name__} has no target")
-        for pattern in parse_patterns(self.args.eval_patterns):
-            for part in getattr(pattern, "parts", (pattern,)):
-                reasons = [part.skip_reason(target) for target in targets.values()]
-                if all(reasons):
-                    raise ValueError(
-                        f"eval_patterns has {pattern}, and {part} leaves all {len(reasons)} targets of this model "
-                        f"dense: the first, because {reasons[0]}; leave it out"
-                    )
+    def _check_cuts(self) -> None:
+        """ValueError where a pattern could not be evaluated or cut, before anything is trained."""
+        targets = self._targets() if self.args.eval_patterns or self.args.variants else {}
+        if self.args.eval_patterns:
+            is_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+            if self.is_deepspeed_enabled or is_fsdp1 or getattr(self.model, "is_quantized", False):
+                raise ValueError(
+                    "eval_patterns writes into single weights, which DeepSpeed, FSDP1 and quantized models hide; leave "
+                    "it out, or run on one process, with DistributedDataParallel or with FSDP2 (fsdp_version: 2)"
+                )
+            if not targets:
+                raise ValueError(f"eval_patterns has nothing to compress: {type(self.model).__name__} has no target")
+        for flag in ("eval_patterns", "variants"):
+            for pattern in parse_patterns(getattr(self.args, flag) or []):
+                for part in getattr(pattern, "parts", (pattern,)):
+                    reasons = [part.skip_reason(target) for target in targets.values()]
+                    if reasons and all(reasons):
+                        raise ValueError(
+                            f"{flag} has {pattern}, and {part} leaves all {len(reasons)} targets of this model dense: "
+                            f"the first, because {reasons[0]}; leave it out"
+                        )
 
     def evaluate(
         self,

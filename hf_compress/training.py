@@ -121,7 +121,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMix
         self._check_kind(self.args)
         self._has_own_forward = "forward" in vars(self.model)
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
-        self._check_eval_patterns()
+        self._check_cuts()
         self._load_teacher()
 
     def _check_kind(self, args: Any) -> None:

@@ -8,7 +8,7 @@ is no weight has 16 bits. Sizes are those of all files that `from_pretrained` ne
 process of its own, on all test images.
 
 The images are a lossy JPEG copy of CIFAR-10, so accuracies are not comparable with published ones. Runs are kept in a
-folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them between two processes.
+folder, so that the script goes on where it was interrupted; several processes share them.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/cifar10_lilnetx.py --data FOLDER --weights resnet20_jpeg.safetensors \\
         --runs FOLDER --output recipes/benchmarks/results/cifar10_lilnetx.json
@@ -68,7 +68,7 @@ def main() -> None:
     flags.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
     options = flags.parse_args()
     measure = functools.partial(run, data=options.data, weights=options.weights)
-    runs = all_kept(options.runs, settings(), measure, options.part)
+    runs = all_kept(options.runs, settings(), measure)
     options.output.write_text(json.dumps(summary(runs), indent=2) + "\n")
     draw(json.loads(options.output.read_text()), options.output.with_suffix(""))
 

@@ -8,7 +8,7 @@ rescaling by the diameter instead of by the gradient, tuned too, and SFW-Init be
 have batch norms recalibrated on 1,000 training images.
 
 The images are a lossy JPEG copy of CIFAR-10, so accuracies are not comparable with published ones. Runs are kept in a
-folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them between two processes.
+folder, so that the script goes on where it was interrupted; several processes share them.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/cifar10_sfw.py --data FOLDER --weights resnet20_jpeg.safetensors \\
         --runs FOLDER --output recipes/benchmarks/results/cifar10_sfw.json
@@ -65,10 +65,10 @@ def main() -> None:
     flags.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
     options = flags.parse_args()
     measure = functools.partial(run, data=options.data, weights=options.weights)
-    tuning = all_kept(options.runs, [s for arm in grids().values() for s in arm], measure, options.part)
+    tuning = all_kept(options.runs, [s for arm in grids().values() for s in arm], measure)
     arms = chosen(tuning)
     runs = [{**s, "seed": seed, "steps": -1, "held_out": 0} for seed in SEEDS for s in arms.values()]
-    final = all_kept(options.runs, runs, measure, options.part)
+    final = all_kept(options.runs, runs, measure)
     rows = {arm: [final[i + len(arms) * s] for s in range(len(SEEDS))] for i, arm in enumerate(arms)}
     options.output.write_text(json.dumps(summary(tuning, arms, rows), indent=2) + "\n")
 

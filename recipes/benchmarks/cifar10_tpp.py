@@ -9,7 +9,7 @@ the test images. Both compute in bfloat16 (autocast), which is what a CPU is fas
 float32.
 
 The images are a lossy JPEG copy of CIFAR-10, so accuracies are not comparable with published ones. Runs are kept in a
-folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them between two processes.
+folder, so that the script goes on where it was interrupted; several processes share them.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/cifar10_tpp.py --data FOLDER --weights resnet20_jpeg.safetensors \\
         --runs FOLDER --output recipes/benchmarks/results/cifar10_tpp.json
@@ -68,8 +68,8 @@ def main() -> None:
     flags.add_argument("--weights", type=Path, required=True, help="state dict of resnet20_cifar, safetensors")
     options = flags.parse_args()
     measure = functools.partial(run, data=options.data, weights=options.weights)
-    tuning = all_kept(options.runs, tuned(), measure, options.part)
-    runs = all_kept(options.runs, final(chosen(tuning)), measure, options.part)
+    tuning = all_kept(options.runs, tuned(), measure)
+    runs = all_kept(options.runs, final(chosen(tuning)), measure)
     options.output.write_text(json.dumps(summary(tuning, runs), indent=2) + "\n")
     draw(json.loads(options.output.read_text()), options.output.with_suffix(""))
 

@@ -4,7 +4,7 @@ A plan is a YAML file: the task and its start weights, flags of all trainings, t
 settings, seeds, variants and a budget. Its estimated hours are printed first, from the processor seconds of finished
 runs, or of a few steps of each arm. Then come the settings of the grids, on training data alone, of which a part is
 held out and judges, and then all arms with the first seed, with the second, and so on. Every run is a file named by the
-hash of its settings; --part 1/2 and --part 2/2 share them between two processes. --partial only sums up what is
+hash of its settings; several processes share them. --arms takes some of the arms first, --partial only sums up what is
 finished, --plot only draws a summary again.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/evidence.py recipes/benchmarks/plans/cifar10_resnet20.yaml \\
@@ -36,12 +36,15 @@ def main() -> None:
     if not options.plot:
         plan = yaml.safe_load(options.plan.read_text())
         plan = trial(plan, options.steps) if options.steps else plan
+        if unknown := set(options.arms or ()) - set(plan["arms"]):
+            raise SystemExit(f"--arms: {sorted(unknown)} are not among {list(plan['arms'])}")
         places = dict(place.split("=", 1) for place in options.place)
         if not options.partial:
-            print_estimate(plan, options.runs, places)
+            some = {**plan, "arms": with_bases(plan, options.arms)} if options.arms else plan
+            print_estimate(some, options.runs, places)
             if options.estimate:
                 return
-            run(plan, options, functools.partial(measure, places=places, weights=options.weights))
+            run(some, options.runs, functools.partial(measure, places=places, weights=options.weights), options.arms)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(summary(plan, options.runs), indent=2) + "\n")
     draw(json.loads(options.output.read_text()), options.output.with_suffix(""))
@@ -53,7 +56,7 @@ def parsed() -> argparse.Namespace:
     flags.add_argument("--place", action="append", default=[], help="NAME=PATH of data or weights that the plan names")
     flags.add_argument("--runs", type=Path, help="folder of finished runs; by default beside the results, by name")
     flags.add_argument("--output", type=Path, help="the summary; by default among the results, by name")
-    flags.add_argument("--part", default="1/1", help="of the runs, for several processes")
+    flags.add_argument("--arms", nargs="+", help="of the plan, to be run before the others; by default all")
     flags.add_argument("--weights", type=Path, help="folder that keeps trained weights, for other variants later")
     flags.add_argument("--estimate", action="store_true", help="only say how long it takes")
     flags.add_argument("--partial", action="store_true", help="only sum up what is finished")
@@ -65,12 +68,20 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def run(plan: Run, options: argparse.Namespace, make: Any) -> None:
-    """The settings of the grids, then seed by seed all arms."""
+def run(plan: Run, folder: Path, make: Any, arms: list[str] | None = None) -> None:
+    """The settings of the grids, then seed by seed all arms, or those named."""
     tuning = [s for tried in tuning_runs(plan).values() for s in tried]
-    all_kept(options.runs, tuning, make, options.part)
-    final = [s for arms in final_runs(plan, chosen(plan, options.runs)) for s in arms.values()]
-    all_kept(options.runs, final, make, options.part)
+    all_kept(folder, tuning, make)
+    final = final_runs(plan, chosen(plan, folder))
+    all_kept(folder, [s for of_seed in final for name, s in of_seed.items() if name in (arms or of_seed)], make)
+
+
+def with_bases(plan: Run, names: list[str]) -> Run:
+    """These arms, and those that they are like."""
+    found = {name: plan["arms"][name] for name in names}
+    while missing := {arm["like"] for arm in found.values() if "like" in arm} - set(found):
+        found |= {name: plan["arms"][name] for name in missing}
+    return {name: arm for name, arm in plan["arms"].items() if name in found}
 
 
 def trial(plan: Run, steps: int) -> Run:
@@ -170,9 +181,13 @@ def tuned(plan: Run, folder: Path) -> dict[str, list[Run]]:
     return found
 
 
+def counted(score: Run) -> Any:
+    """What counts of a score."""
+    return next(score[kind] for kind in KINDS if kind in score)
+
+
 def value(score: Run) -> float:
-    """The number of a score that counts."""
-    return float(next(score[kind] for kind in KINDS if kind in score))
+    return float(counted(score))
 
 
 def print_estimate(plan: Run, folder: Path, places: dict[str, str]) -> None:
@@ -191,7 +206,7 @@ def print_estimate(plan: Run, folder: Path, places: dict[str, str]) -> None:
     total = sum(per_arm.values())
     print(f"{'all':16} {total:.2f} h on one thread, budget {plan['budget_hours']} h", flush=True)
     if total > plan["budget_hours"]:
-        print("more than the budget: fewer epochs or seeds, or more processes (--part)", flush=True)
+        print("more than the budget: fewer epochs or seeds, or more processes", flush=True)
 
 
 def pace(plan: Run, arm: Run, folder: Path, runs: list[Run], places: dict[str, str]) -> tuple[float, float]:
@@ -236,6 +251,7 @@ def summary(plan: Run, folder: Path) -> Run:
     for ours, theirs in pairs:
         if ours in rows and theirs in rows and (by := differences(rows[ours], rows[theirs])):
             minus.setdefault(ours, {})[theirs] = by
+    mean = {name: over_seeds(own, "scores") for name, own in rows.items()}
     return {
         "title": plan["title"],
         "plan": plan,
@@ -244,10 +260,30 @@ def summary(plan: Run, folder: Path) -> Run:
         "seeds": {name: sorted(rows.get(name, {})) for name in plan["arms"]},
         "tuning": tuned(plan, folder),
         "chosen": picked,
-        "mean": {name: over_seeds(own, "scores") for name, own in rows.items()},
+        "mean": mean,
         "files": {name: over_seeds(own, "files") for name, own in rows.items()},
         "minus": minus,
+        "best": best(plan, mean, minus),
     }
+
+
+def best(plan: Run, mean: Run, minus: Run) -> Run:
+    """Of every pattern the arm that scores highest, and its margin over the first baseline.
+
+    A margin `counts` where it is larger than the standard deviation over seeds of either arm.
+    """
+    plain, found = next(iter(plan["baselines"]), None), {}
+    for pattern in mean.get(plain, {}):
+        scores = {arm: counted(own[pattern]) for arm, own in mean.items() if pattern in own}
+        others = [arm for arm in scores if pattern in minus.get(arm, {}).get(plain, {})]
+        if others:
+            arm = max(others, key=lambda name: float(scores[name]["mean"]))
+            margin = minus[arm][plain][pattern]
+            spread = max(scores[arm]["std"], scores[plain]["std"])
+            counts = len(margin["by_seed"]) > 1 and margin["difference"] > spread
+            found[pattern] = {"arm": arm, "points": scores[arm]["mean"], plain: scores[plain]["mean"]}
+            found[pattern] |= {"margin": margin["difference"], "spread": spread, "counts": counts}
+    return found
 
 
 def over_seeds(rows: dict[int, Run], key: str) -> Run:

@@ -19,18 +19,22 @@ PANELS = {  # name of a pattern to what its axis shows
 
 
 def draw(result: dict[str, Any], stem: Path) -> None:
+    """Everything, and the few arms of the plan's `figure`."""
+    draw_panels(result, stem)
+    if "figure" in result["plan"]:
+        draw_figure(result, stem.with_name(f"{stem.name}_figure"))
+
+
+def draw_panels(result: dict[str, Any], stem: Path) -> None:
     """A panel for every kind of pattern, a line for every arm, bars from the lowest to the highest seed."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     found = {arm: points_of(result, arm) for arm in result["mean"]}
     panels = [panel for panel in PANELS if any(points.get(panel) for points in found.values())] or ["unstructured"]
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.8 * lines + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    figure, panes = new_figure(4.6 * columns, 3.8 * lines + 1.6, lines, columns)
+    grid = list(panes.flat)
     for axes, panel in zip(grid, panels, strict=False):
         labels = sorted({x for points in found.values() for x, _ in points.get(panel, [])}, key=str)
         for i, points in enumerate(found.values()):
@@ -48,6 +52,37 @@ def draw(result: dict[str, Any], stem: Path) -> None:
     seeds = sorted({len(s) for s in result["seeds"].values() if s})
     count = " to ".join(str(s) for s in dict.fromkeys((seeds[0], seeds[-1]))) if seeds else "no"
     figure.suptitle(f"{result['title']}: mean and range, seeds of an arm: {count}", fontsize=11, x=0.01, ha="left")
+    save(figure, stem)
+
+
+def draw_figure(result: dict[str, Any], stem: Path) -> None:
+    """One panel of a few arms, those that the plan names under `figure`: what a README opens with."""
+    from matplotlib import colormaps
+
+    arms = [arm for arm in result["plan"]["figure"]["arms"] if arm in result["mean"]]
+    panel = result["plan"]["figure"]["panel"]
+    figure, grid = new_figure(7.2, 4.2)
+    axes = grid[0, 0]
+    for i, arm in enumerate(arms):
+        points = points_of(result, arm).get(panel, [])
+        line(axes, panel, points, [], colormaps["tab10"](i), MARKERS[i], i)
+        axes.plot([], [], color=colormaps["tab10"](i), marker=MARKERS[i], label=label_of(result, arm))
+    finish(axes, panel, [])
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.set_title(f"{result['title']}, cut in one shot", fontsize=11, loc="left")
+    save(figure, stem)
+
+
+def new_figure(width: float, height: float, lines: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(lines, columns, squeeze=False)
+
+
+def save(figure: Any, stem: Path) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(stem.with_suffix(".png"), dpi=140, metadata={"Software": None})
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})

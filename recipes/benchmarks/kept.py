@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +29,6 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags of a script whose runs are kept."""
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
-    flags.add_argument("--part", default="1/1", help="of the runs, for several processes")
     flags.add_argument("--output", type=Path, required=True)
     return flags
 
@@ -42,8 +42,7 @@ def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], measures: b
         measure: makes the result of the settings.
         measures: False looks without measuring.
     """
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
+    path = file_of(folder, settings)
     if not path.is_file():
         if not measures:
             return None
@@ -55,23 +54,40 @@ def kept(folder: Path, settings: Run, measure: Callable[[Run], Run], measures: b
     return result
 
 
-def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run], part: str) -> list[Run]:
-    """The results of all runs, in their order; waits for those that other processes owe.
+def file_of(folder: Path, settings: Run) -> Path:
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"{name}.json"
+
+
+def all_kept(folder: Path, runs: Sequence[Run], measure: Callable[[Run], Run]) -> list[Run]:
+    """The results of all runs, in their order. Processes share them: none begins what another is at.
 
     Args:
         folder: see `kept`.
         runs: the settings of each.
         measure: see `kept`.
-        part: "1/2" measures every second run, beginning with the first, "1/1" all.
     """
-    this, of = map(int, part.split("/"))
-    for i, settings in enumerate(runs):
-        if i % of == this - 1:
-            result = kept(folder, settings, measure)
-            print({k: v for k, v in (result or {}).items() if k != "settings"}, settings, flush=True)
     while True:
+        for settings in runs:
+            if not file_of(folder, settings).is_file():
+                kept_by_one(folder, settings, measure)
         found = [result for s in runs if (result := kept(folder, s, measure, measures=False)) is not None]
         if len(found) == len(runs):
             return found
-        print(f"{len(runs) - len(found)} runs of other parts are missing; waiting for them", flush=True)
-        time.sleep(30)
+        print(f"other processes are at {len(runs) - len(found)} runs; waiting for them", flush=True)
+        time.sleep(5)
+
+
+def kept_by_one(folder: Path, settings: Run, measure: Callable[[Run], Run]) -> None:
+    """One run, unless another process is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = file_of(folder, settings).with_suffix(".claim")
+    with claim.open("w") as file:  # the system drops the lock of a process that dies
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not file_of(folder, settings).is_file():
+            result = kept(folder, settings, measure)
+            print({k: v for k, v in (result or {}).items() if k != "settings"}, settings, flush=True)
+        claim.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ another step and another weight of the bits, neither tuned. Every 125 steps the 
 and the entropy of the whole numbers is taken; at the end all files that `from_pretrained` needs are counted, and the
 checkpoint is loaded back and scored.
 
-Runs are kept in a folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them
-between two processes. --data is a folder with train.parquet and validation.parquet in the form of SQuAD.
+Runs are kept in a folder, so that the script goes on where it was interrupted; several processes
+share them. --data is a folder with train.parquet and validation.parquet in the form of SQuAD.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/minilm_lilnetx.py --model MINILM --data FOLDER --runs FOLDER \\
         --output recipes/benchmarks/results/minilm_lilnetx.json
@@ -45,7 +45,7 @@ def main() -> None:
     options = flags.parse_args()
     runs = [{"steps_per_std": steps, "rate_weight": rate, "seed": 0, "data": DATA} for steps, rate in POINTS]
     measure = functools.partial(run, model=options.model, folder=options.data)
-    found = all_kept(options.runs, runs, measure, options.part)
+    found = all_kept(options.runs, runs, measure)
     options.output.write_text(json.dumps(summary(found), indent=2) + "\n")
     draw(found, options.output.with_suffix(""))
 

@@ -7,8 +7,8 @@ attention probabilities, which takes much of the time on CPUs. SAM and CrAM take
 shot, and after a short fine-tuning of the cut model with its zeros locked, 30 steps of AdamW for all alike. The
 validation questions are looked at by finished runs only.
 
-Runs are kept in a folder, so that the script goes on where it was interrupted; --part 1/2 and --part 2/2 share them
-between two processes. --data is a folder with train.parquet and validation.parquet in the form of SQuAD.
+Runs are kept in a folder, so that the script goes on where it was interrupted; several processes
+share them. --data is a folder with train.parquet and validation.parquet in the form of SQuAD.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/minilm_squad.py --model MINILM --data FOLDER --runs FOLDER \\
         --output recipes/benchmarks/results/minilm_squad.json
@@ -68,7 +68,7 @@ def main() -> None:
     data = {**DATA, "max_train_samples": options.train_samples, "max_eval_samples": options.eval_samples}
     runs = [{"arm": arm, **ARMS[arm], "seed": seed, "data": data} for seed in SEEDS for arm in ARMS]
     measure = functools.partial(run, model=options.model, folder=options.data)
-    found = all_kept(options.runs, runs, measure, options.part)
+    found = all_kept(options.runs, runs, measure)
     options.output.write_text(json.dumps(summary(found), indent=2) + "\n")
     draw(found, options.output.with_suffix(""))
 

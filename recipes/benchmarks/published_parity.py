@@ -160,7 +160,7 @@ def main() -> None:
     measure = functools.partial(measured, options=options)
     runs = [{"case": n, "steps": STEPS, "batch": BATCH, "commits": code, **CASES[n]} for n in options.cases]
     runs += [{**run, "is_spread": True} for run in runs if run["case"] in SPREAD]
-    found = all_kept(options.runs, runs, measure, options.part)
+    found = all_kept(options.runs, runs, measure)
     cases: dict[str, Settings] = {}
     for run in found:
         name = run["settings"]["case"]

@@ -43,7 +43,7 @@ def finished(folder):
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory):
-    """The plan of the digits, killed after three runs, and run again to its end."""
+    """The plan of the digits, killed after three runs, and run again to its end, by two processes."""
     folder = tmp_path_factory.mktemp("digits")
     process = subprocess.Popen(command("digits", folder), env=environment(), stdout=subprocess.DEVNULL)
     while len(finished(folder)) < 3 and process.poll() is None:
@@ -51,18 +51,33 @@ def killed_and_resumed(tmp_path_factory):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished(folder)
+    some = command("digits", folder, "--arms", "cram", "sgd_twice", "--output", folder / "some.json")
+    beside = subprocess.Popen(some, env=environment(), stdout=subprocess.PIPE, text=True)
     output = run("digits", folder)
-    return folder, before, output
+    of_some, _ = beside.communicate(timeout=300)
+    assert beside.returncode == 0
+    return folder, before, (output, of_some)
 
 
 @pytest.mark.slow
 def test_a_killed_plan_goes_on_where_it_was(killed_and_resumed):
-    folder, before, output = killed_and_resumed
+    folder, before, (output, _) = killed_and_resumed
     after = finished(folder)
     assert 3 <= len(before) < len(after)
     assert {name: after[name] for name in before} == before  # not run again
     assert "h on one thread, budget" in output
-    assert not list((folder / "runs").glob("*.json.*"))
+    assert not list((folder / "runs").glob("*.claim"))
+
+
+@pytest.mark.slow
+def test_processes_share_the_runs(killed_and_resumed):
+    """None is run twice, and the one with two arms of the plan runs nothing of the others."""
+    folder, before, outputs = killed_and_resumed
+    made = [[line for line in text.splitlines() if line.startswith("{'scores'")] for text in outputs]
+    assert all(made)
+    assert sum(map(len, made)) == len(finished(folder)) - len(before)
+    assert not any("'gradual': {" in line for line in made[1])
+    assert set(json.loads((folder / "some.json").read_text())["seeds"]) == {"sgd", "sgd_twice", "cram", "gradual"}
 
 
 @pytest.mark.slow

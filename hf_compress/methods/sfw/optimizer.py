@@ -128,8 +128,7 @@ class SFW(torch.optim.Optimizer):
         constraint: Constraint = group["constraint"]
         oracle = constraint.oracle(directions, [self.state[p] for p in weights])
         is_valid = oracle.is_valid
-        share = (_factor(group, oracle, weights) * group["lr"]).clamp(0, 1)
-        share = torch.where(is_valid, share, 0).nan_to_num(0)
+        share = (_factor(group, oracle, weights) * group["lr"]).nan_to_num(0).clamp(0, 1) * is_valid
         gap = None
         if self.tracks_gap:
             gap = torch.where(is_valid, oracle.inner(weights) + constraint.radius_of(weights) * oracle.dual, 0)

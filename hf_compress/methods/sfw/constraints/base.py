@@ -6,6 +6,7 @@ direction g with the vertex v that minimizes <g, v>, so that <g, v> = -radius * 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ class Oracle(ABC):
     directions: Tensors
     dual: torch.Tensor
 
-    @property
+    @functools.cached_property
     def is_valid(self) -> torch.Tensor:
         """False for a direction that has no vertex: zero or not finite, as far as float32 can tell."""
         limits = torch.finfo(torch.float32)

@@ -91,7 +91,7 @@ class LargestEntriesOracle(ElementwiseOracle):
             return summed(map(_abs_sum, above)) + self.num_missing * threshold
         return (square_sums(above) + self.num_missing * threshold**2).sqrt()
 
-    @property
+    @functools.cached_property
     def is_valid(self) -> torch.Tensor:
         limits = torch.finfo(torch.float32)
         # The dual norm is at least the largest entry, at most K times it, and costs a pass.

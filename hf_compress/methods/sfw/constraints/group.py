@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ....distributed import dealt_like, is_sharded, local, sharded_like, sum_over_shards
@@ -13,17 +14,21 @@ from .base import Constraint, Oracle, Tensors, check_k, count_of
 from .chunks import rows, square_sum, square_sums, wide
 from .elementwise import k_support_norm
 
+_LONG = 1 << 13  # entries of a row whose squares may be added up in float32
 Numbers = int | str | Sequence[int]  # one for all tensors, or one for each
 
 
 class GroupOracle(Oracle):
     """A vertex that is the direction times one number for each index along the axis of its groups."""
 
-    def __init__(self, directions: Tensors, scales: list[torch.Tensor], dual: torch.Tensor, norm: torch.Tensor) -> None:
-        self.directions, self.scales, self.dual, self._norm = directions, scales, dual, norm
+    def __init__(
+        self, directions: Tensors, scales: list[torch.Tensor], dual: torch.Tensor, squares: torch.Tensor
+    ) -> None:
+        self.directions, self.scales, self.dual, self.squares = directions, scales, dual, squares
+        self.kept = [_few_rows(scale) for scale in scales]
 
     def norm(self) -> torch.Tensor:
-        return self._norm
+        return self.squares.sum().sqrt()
 
     def vertex(self, index: int) -> torch.Tensor:
         direction = self.directions[index]
@@ -35,18 +40,19 @@ class GroupOracle(Oracle):
         if part.device.type != "cpu" or not part.dtype == direction.dtype == scale.dtype:
             super().move_(weight, index, share)
         elif self.is_valid:
-            share, kept = share.to(part.dtype), self._few_rows(index)
-            part.mul_(1 - share)
+            step, kept = float(share), self.kept[index]
+            part.mul_(1 - step)
             if kept is None:
-                part.addcmul_(direction, scale * share)
+                part.addcmul_(direction, scale, value=step)
             else:
-                part.index_add_(0, kept, direction.index_select(0, kept).mul_(scale.index_select(0, kept) * share))
+                rows_kept = direction.index_select(0, kept).mul_(scale.index_select(0, kept))
+                part.index_add_(0, kept, rows_kept, alpha=step)
 
     def squared_distance(self, weights: Tensors) -> torch.Tensor:
         squares = []
         for index, weight in enumerate(weights):
             part, direction, scale = local(weight), local(self.directions[index]), self.scales[index]
-            kept = self._few_rows(index)
+            kept = self.kept[index]
             if kept is None:
                 pieces = zip(rows(part), rows(direction), rows(scale, part), strict=True)
                 squares.append(square_sums(torch.addcmul(wide(w), wide(g), s, value=-1) for w, g, s in pieces))
@@ -55,14 +61,6 @@ class GroupOracle(Oracle):
                 elsewhere = _squares_along(part, 0).index_fill_(0, kept, 0)
                 squares.append(elsewhere.sum() + square_sum(torch.addcmul(w, g, s, value=-1)))
         return sum_over_shards(squares, weights)
-
-    def _few_rows(self, index: int) -> torch.Tensor | None:
-        """The rows that a vertex does not leave zero, on a CPU where they are few; None elsewhere."""
-        scale = self.scales[index]
-        if scale.device.type != "cpu" or scale.numel() != scale.shape[0]:
-            return None
-        kept = scale.flatten().nonzero().flatten()
-        return kept if 8 * kept.numel() <= scale.numel() else None
 
 
 class GroupKSupportBall(Constraint):
@@ -139,13 +137,11 @@ class GroupKSupportBall(Constraint):
 
     def oracle(self, directions: Tensors, memory: Sequence[dict[str, Any]] | None = None) -> Oracle:
         k, squares = self.count(directions), self._squares(directions)
-        level = squares.kthvalue(squares.numel() - k + 1).values
-        above, tied = squares > level, squares == level
-        weights = above + tied * ((k - above.sum(dtype=torch.float64)) / tied.sum())
-        dual = (squares * weights).sum().sqrt()  # NaN times zero is NaN
-        factors = weights * (-self.radius_of(directions) / dual)
-        factors = factors.clamp(min=torch.finfo(torch.float32).min)  # infinity times zero would be no zero
-        return GroupOracle(directions, self._along_axes(factors, directions), dual, squares.sum().sqrt())
+        weights = _largest(squares, k)
+        dual = squares.dot(weights).sqrt()  # NaN times zero is NaN
+        factors = weights.div_(dual * (-1 / self.radius_of(directions)))
+        factors.clamp_(min=torch.finfo(torch.float32).min)  # infinity times zero would be no zero
+        return GroupOracle(directions, self._along_axes(factors, directions), dual, squares)
 
     def count(self, tensors: Tensors) -> int:
         """K for these tensors."""
@@ -184,18 +180,20 @@ class GroupKSupportBall(Constraint):
             if axis == 0 and is_sharded(tensor):
                 part = part.new_zeros(tensor.shape[0]).index_copy_(0, _rows_here(tensor), part)
             whole = sum_over_shards([part], [tensor]).to(local(tensors[0]).device)
-            squares.append(whole.view(layout).sum((0, 2)))
+            squares.append(whole if layout[1] == whole.numel() else whole.view(layout).sum((0, 2)))
+        if len(squares) == 1:
+            return squares[0]
         return torch.cat(squares) if self.groups is None else torch.stack(squares).sum(0)
 
     def _along_axes(self, factors: torch.Tensor, tensors: Tensors) -> list[torch.Tensor]:
         """From one number for each group to one for each index, in a shape that multiplies the tensor of this rank."""
         layouts = self._layouts(tensors)
         counts = [count for _, _, (_, count, _) in layouts]
-        parts = factors.split(counts) if self.groups is None else [factors] * len(counts)
+        parts = factors.split(counts) if self.groups is None and len(counts) > 1 else [factors] * len(counts)
         found = []
         for numbers, (tensor, axis, layout) in zip(parts, layouts, strict=True):
             numbers = numbers.to(local(tensor).device, torch.promote_types(tensor.dtype, torch.float32))
-            here = numbers[:, None].expand(layout).reshape(-1)
+            here = numbers if layout[1] == tensor.shape[axis] else numbers[:, None].expand(layout).reshape(-1)
             if axis == 0 and is_sharded(tensor):
                 here = here.index_select(0, _rows_here(tensor))
             found.append(here.view([-1 if dim == axis else 1 for dim in range(tensor.ndim)]))
@@ -214,15 +212,35 @@ def _parse(name: str, numbers: Numbers, meaning: str, example: str, smallest: in
     return found[0] if len(found) == 1 else found
 
 
+def _largest(squares: torch.Tensor, k: int) -> torch.Tensor:
+    """1 for the K largest, 0 for the others; those that tie for the last places share them."""
+    level = squares.kthvalue(squares.numel() - k + 1).values
+    if squares.device.type == "cpu" and int((is_kept := squares >= level).sum()) == k:
+        return is_kept.double()
+    above, tied = squares > level, squares == level
+    return above + tied * ((k - above.sum(dtype=torch.float64)) / tied.sum())
+
+
+def _few_rows(scale: torch.Tensor) -> torch.Tensor | None:
+    """The rows that a vertex does not leave zero, on a CPU where they are few; None elsewhere."""
+    if scale.device.type != "cpu" or scale.numel() != scale.shape[0]:
+        return None
+    kept = scale.view(-1).nonzero().view(-1)
+    return kept if 8 * kept.numel() <= scale.numel() else None
+
+
 def _squares_along(part: torch.Tensor, axis: int) -> torch.Tensor:
     """The squared norm of every index along an axis, (size of the axis,), float64."""
     others = [dim for dim in range(part.ndim + 1) if dim != axis]  # with one at the end, for a vector has no others
     if part.device.type == "cpu":
-        if axis == 0:
+        if axis == 0 and part.is_contiguous() and part.dtype == torch.float32 and part.numel() <= _LONG * part.shape[0]:
+            matrix = part.detach().unsqueeze(-1).flatten(1).numpy()
+            squares = torch.from_numpy(np.vecdot(matrix, matrix).astype(np.float64))
+        elif axis == 0:
             squares = torch.linalg.vector_norm(wide(part).unsqueeze(-1), dim=others).double().square()
         else:
             squares = torch.stack([wide(p).unsqueeze(-1).square().sum(others) for p in rows(part)]).double().sum(0)
-        if 1e-20 < squares.sum() < 1e30:  # no square that counts was too small or too large for float32
+        if 1e-20 < float(squares.sum()) < 1e30:  # no square that counts was too small or too large for float32
             return squares
     return torch.linalg.vector_norm(part.unsqueeze(-1), dim=others, dtype=torch.float64).square()
 

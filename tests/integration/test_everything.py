@@ -1,0 +1,45 @@
+"""The command that makes every result again knows all of them, and calls every script with flags that it has."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("everything")
+
+
+def test_every_result_is_made_by_a_job(everything):
+    made = {name for job in everything.JOBS for name in job.makes}
+    kept = {file.stem for file in (BENCHMARKS / "results").glob("*.json")}
+    assert kept - made == set()
+    plans = {file.stem for file in (BENCHMARKS / "plans").glob("*.yaml")}
+    assert plans - made == {"digits", "gpu"}  # an example, and what needs an accelerator
+
+
+def test_scripts_have_the_flags_that_they_are_called_with(everything):
+    shared = set(re.findall(r'"(--\w+)"', (BENCHMARKS / "kept.py").read_text()))
+    for job in everything.JOBS:
+        source = (BENCHMARKS / f"{job.script}.py").read_text()
+        known = set(re.findall(r'"(--\w+)"', source)) | (shared if "from kept import" in source else set())
+        assert set(re.findall(r"--\w+", job.flags)) <= known, job.script
+
+
+def test_what_lacks_its_data_is_left_out_by_name():
+    command = [sys.executable, BENCHMARKS / "everything.py", "--list", "--place", "minilm_l6=net", "--only"]
+    done = subprocess.run([*command, "coded_sizes", "goals", "codec_rate"], capture_output=True, text=True, check=True)
+    first, second, last = done.stdout.splitlines()
+    assert "goals left out: give --place published=PATH" in first
+    assert re.search(r"coded_sizes\.py --model net --output \S+coded_sizes\.json", second)
+    assert last.startswith("0.0 h on one thread")
