@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import zstandard
 from cifar10_tpp import collate, load, resnet20
-from digits import facts
 from kept import QUIET, all_kept, parser
+from machine import facts
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import facts, mean, paired
 from kept import QUIET, all_kept, parser
+from machine import facts
 from safetensors.torch import load_file
 from transformers import set_seed
 
@@ -165,6 +165,19 @@ def by_seed(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], pattern: s
     """The difference of accuracies at every seed, beside the mean and its standard error."""
     values = [round(a["accuracy"][pattern] - b["accuracy"][pattern], 3) for a, b in zip(ours, theirs, strict=True)]
     return {**paired(ours, theirs, pattern), "by_seed": values}
+
+
+def mean(rows: list[dict[str, Any]], pattern: str) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    values = [row["accuracy"][pattern] for row in rows]
+    return {"mean": round(statistics.mean(values), 3), "std": round(statistics.stdev(values), 3)}
+
+
+def paired(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], pattern: str) -> dict[str, float]:
+    """The mean difference over seeds, and its standard error."""
+    differences = [a["accuracy"][pattern] - b["accuracy"][pattern] for a, b in zip(ours, theirs, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return {"difference": round(statistics.mean(differences), 3), "standard_error": round(error, 3)}
 
 
 if __name__ == "__main__":

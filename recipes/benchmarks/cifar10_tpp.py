@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import load_dataset
-from digits import facts
 from kept import QUIET, all_kept, parser
+from machine import facts
 from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, set_seed
 

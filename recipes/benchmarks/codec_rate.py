@@ -26,7 +26,7 @@ from typing import Any
 import constriction
 import numpy as np
 import zstandard
-from digits import facts
+from machine import facts
 from safetensors.torch import load_file
 from turns import in_turns, ratios
 

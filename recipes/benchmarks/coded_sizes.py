@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from digits import facts
+from machine import facts
 from transformers import AutoModel
 
 import hf_compress as hfc

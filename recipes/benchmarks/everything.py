@@ -51,9 +51,7 @@ JOBS = (
         "--output {results}/report_ranking.json", 7),
     Job("slider_statistics", ("slider_statistics",), CIFAR + "slider_statistics.json", 5),
     Job("todays_tools", ("todays_tools",), "--data {cifar10} --checkpoint start={resnet20_jpeg} "
-        "--output {results}/todays_tools.json", 15),
-    Job("digits_cram", ("digits_cram",), "--output {results}/digits_cram.json", 6),
-    Job("digits_sfw", ("digits_sfw",), "--output {results}/digits_sfw.json", 51),
+        "--output {results}/todays_tools.json", 23),
     Job("cifar10_cram", ("cifar10_cram",), CIFAR + "cifar10_cram.json", 50),
     Job("cifar10_sfw", ("cifar10_sfw",), CIFAR + "cifar10_sfw.json --runs {runs}/cifar10_sfw_runs", 196),
     Job("cifar10_tpp", ("cifar10_tpp",), CIFAR + "cifar10_tpp.json --runs {runs}/cifar10_tpp_runs", 94),
@@ -62,6 +60,7 @@ JOBS = (
     Job("minilm_lilnetx", ("minilm_lilnetx",), QA + "minilm_lilnetx_runs --output {results}/minilm_lilnetx.json", 30),
     Job("published_parity", ("published_parity",), CIFAR + "published_parity.json --published {published} "
         "--runs {runs}/published_parity_runs", 60),
+    Job("evidence", ("digits_methods",), PLAN % (("digits_methods",) * 3), 30),
     Job("evidence", ("minilm_qa",), PLAN % (("minilm_qa",) * 3)
         + "--place qa={qa} --place minilm_l6={minilm_l6}", 150),
     Job("evidence", ("cifar10_resnet20",), PLAN % (("cifar10_resnet20",) * 3)

@@ -5,7 +5,7 @@ settings, seeds, variants and a budget. Its estimated hours are printed first, f
 runs, or of a few steps of each arm. Then come the settings of the grids, on training data alone, of which a part is
 held out and judges, and then all arms with the first seed, with the second, and so on. Every run is a file named by the
 hash of its settings; several processes share them. --arms takes some of the arms first, --partial only sums up what is
-finished, --plot only draws a summary again.
+finished, --plot only draws a summary and writes its tables again.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/evidence.py recipes/benchmarks/plans/cifar10_resnet20.yaml \\
         --place cifar10=FOLDER --place resnet20_jpeg=FILE
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from digits import facts
-from evidence_plots import draw
+from evidence_plots import KINDS, counted_of, draw
 from evidence_runs import measure, speed
+from evidence_tables import as_markdown
 from kept import Run, all_kept, kept
+from machine import facts
 
 HERE = Path(__file__).parent
 FEW = 20  # steps that show how fast an arm is
-KINDS = ("recalibrated", "one_shot", "as_trained")  # of a score, the one that counts first
 
 
 def main() -> None:
@@ -47,7 +47,9 @@ def main() -> None:
             run(some, options.runs, functools.partial(measure, places=places, weights=options.weights), options.arms)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(summary(plan, options.runs), indent=2) + "\n")
-    draw(json.loads(options.output.read_text()), options.output.with_suffix(""))
+    result = json.loads(options.output.read_text())
+    draw(result, options.output.with_suffix(""))
+    options.output.with_suffix(".md").write_text(as_markdown(result))
 
 
 def parsed() -> argparse.Namespace:
@@ -60,7 +62,7 @@ def parsed() -> argparse.Namespace:
     flags.add_argument("--weights", type=Path, help="folder that keeps trained weights, for other variants later")
     flags.add_argument("--estimate", action="store_true", help="only say how long it takes")
     flags.add_argument("--partial", action="store_true", help="only sum up what is finished")
-    flags.add_argument("--plot", action="store_true", help="only draw the plot of an existing summary")
+    flags.add_argument("--plot", action="store_true", help="only plot and tables of an existing summary")
     flags.add_argument("--steps", type=int, help="for a trial: so many steps, one seed, one setting, new weights")
     options = flags.parse_args()
     options.runs = options.runs or HERE / "results" / f"{options.plan.stem}_runs"
@@ -130,7 +132,10 @@ def tuning_runs(plan: Run) -> dict[str, list[Run]]:
     for name in plan["arms"]:
         arm = arm_of(plan, name)
         if arm["tuned_as"] == name and arm.get("grid"):
-            own = {"variants": [p for p in arm["judged_by"] if p != "dense"], "samples_as_cut": 0}
+            own = {
+                "variants": [p for p in arm["judged_by"] if p not in ("dense", arm.get("made"))],
+                "samples_as_cut": 0,
+            }
             own |= {"coded": [p for p in arm.get("coded", []) if p == "lilnetx"], "held_out": how["held_out"]}
             found[name] = [{**settings_of(plan, arm, how["steps"], how["seed"], s), **own} for s in arm["grid"]]
     return found
@@ -181,13 +186,8 @@ def tuned(plan: Run, folder: Path) -> dict[str, list[Run]]:
     return found
 
 
-def counted(score: Run) -> Any:
-    """What counts of a score."""
-    return next(score[kind] for kind in KINDS if kind in score)
-
-
 def value(score: Run) -> float:
-    return float(counted(score))
+    return float(next(score[kind] for kind in KINDS if kind in score))
 
 
 def print_estimate(plan: Run, folder: Path, places: dict[str, str]) -> None:
@@ -274,7 +274,7 @@ def best(plan: Run, mean: Run, minus: Run) -> Run:
     """
     plain, found = next(iter(plan["baselines"]), None), {}
     for pattern in mean.get(plain, {}):
-        scores = {arm: counted(own[pattern]) for arm, own in mean.items() if pattern in own}
+        scores = {arm: counted_of(own[pattern]) for arm, own in mean.items() if pattern in own}
         others = [arm for arm in scores if pattern in minus.get(arm, {}).get(plain, {})]
         if others:
             arm = max(others, key=lambda name: float(scores[name]["mean"]))

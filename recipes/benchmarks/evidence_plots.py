@@ -68,7 +68,8 @@ def draw_figure(result: dict[str, Any], stem: Path) -> None:
         line(axes, panel, points, [], colormaps["tab10"](i), MARKERS[i], i)
         axes.plot([], [], color=colormaps["tab10"](i), marker=MARKERS[i], label=label_of(result, arm))
     finish(axes, panel, [])
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    if arms:
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set_title(f"{result['title']}, cut in one shot", fontsize=11, loc="left")
     save(figure, stem)
 
@@ -91,7 +92,7 @@ def save(figure: Any, stem: Path) -> None:
 def points_of(result: dict[str, Any], arm: str) -> dict[str, list[tuple[Any, list[float]]]]:
     """For every panel the places of an arm on its axis, and the values of all seeds there."""
     found: dict[str, list[tuple[Any, list[float]]]] = {}
-    scores = {name: counted(numbers) for name, numbers in result["mean"][arm].items()}
+    scores = {name: counted_of(numbers)["by_seed"] for name, numbers in result["mean"][arm].items()}
     shares: set[str] = set()
     for name, values in scores.items():
         kind, _, rest = name.removeprefix("blocks:").partition(":")
@@ -108,9 +109,9 @@ def points_of(result: dict[str, Any], arm: str) -> dict[str, list[tuple[Any, lis
     return {panel: points if panel == "n_m" else sorted(points) for panel, points in found.items()}
 
 
-def counted(numbers: dict[str, Any]) -> list[float]:
-    """The values of the kind that counts."""
-    return next(numbers[kind]["by_seed"] for kind in KINDS if kind in numbers)
+def counted_of(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Of the scores of a variant that which counts: with new batch norms, where it has some."""
+    return next(numbers[kind] for kind in KINDS if kind in numbers)
 
 
 def line(axes: Any, panel: str, points: list[Any], labels: list[Any], color: Any, marker: str, i: int) -> None:

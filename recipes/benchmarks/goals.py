@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from digits import facts
+from machine import facts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -27,7 +27,7 @@ from typing import Any
 
 import timm
 import torch
-from digits import facts
+from machine import facts
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 from turns import in_turns, ratios

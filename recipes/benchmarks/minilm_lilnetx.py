@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from digits import facts
 from kept import QUIET, all_kept, parser
+from machine import facts
 from minilm_squad import DATA, TRAINING
 from transformers import TrainerCallback, set_seed
 

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from digits import facts
 from kept import QUIET, all_kept, parser
+from machine import facts
 from transformers import set_seed
 
 import hf_compress as hfc

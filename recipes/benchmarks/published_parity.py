@@ -33,8 +33,8 @@ import numpy as np
 import published
 import pyarrow.parquet as parquet
 import torch
-from digits import facts
 from kept import all_kept, parser
+from machine import facts
 from PIL import Image
 from published_pairs import FAMILIES, Pair, Settings, State
 from torch import nn

@@ -19,7 +19,7 @@ from typing import Any
 
 import timm
 import torch
-from digits import facts
+from machine import facts
 from transformers import BertConfig, BertModel
 from turns import beside, in_turns
 

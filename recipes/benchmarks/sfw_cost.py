@@ -22,7 +22,7 @@ from typing import Any
 import published
 import timm
 import torch
-from digits import facts
+from machine import facts
 from shapes import SHAPES, SHORT_STEP, copied, copies_at_peak, peak_of, with_gradients
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from cifar10_tpp import collate, load, resnet20
-from digits import facts
+from machine import facts
 from transformers import AutoModelForImageClassification
 
 import hf_compress as hfc

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from digits import facts
+from machine import facts
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from turns import in_turns, ratios

@@ -23,7 +23,7 @@ from typing import Any
 
 import timm
 import torch
-from digits import facts
+from machine import facts
 from transformers import BertConfig, BertForSequenceClassification
 from turns import in_turns, ratios
 

@@ -107,6 +107,22 @@ def test_the_summary_is_that_of_the_runs(killed_and_resumed):
 
 
 @pytest.mark.slow
+def test_the_best_of_a_pattern_is_named_with_its_margin(killed_and_resumed):
+    folder, _, _ = killed_and_resumed
+    result = json.loads((folder / "summary.json").read_text())
+    assert set(result["best"]) == {"dense", "unstructured:0.5", "unstructured:0.8", "2:4", "filters:0.5"}
+    for pattern, best in result["best"].items():
+        kind = "as_trained" if pattern == "dense" else "recalibrated"
+        rows = {arm: own[pattern][kind] for arm, own in result["mean"].items() if pattern in own}
+        assert best["points"] == max(row["mean"] for arm, row in rows.items() if arm != "sgd")
+        assert best["margin"] == pytest.approx(best["points"] - rows["sgd"]["mean"], abs=2e-3)
+        spread = max(rows["sgd"]["std"], rows[best["arm"]]["std"])
+        assert best["counts"] == (best["margin"] > spread)
+    table = (folder / "summary.md").read_text().split("## Best of each pattern")[1].split("##")[0]
+    assert table.count(" *") == sum(not best["counts"] for best in result["best"].values())
+
+
+@pytest.mark.slow
 def test_the_setting_is_chosen_by_what_was_held_out(killed_and_resumed):
     folder, _, _ = killed_and_resumed
     result = json.loads((folder / "summary.json").read_text())
@@ -125,6 +141,8 @@ def test_plots_come_from_the_summary_alone(killed_and_resumed, tmp_path):
     (tmp_path / "summary.json").write_text((folder / "summary.json").read_text())
     run("digits", tmp_path, "--plot")
     assert (tmp_path / "summary.png").is_file()
+    assert (tmp_path / "summary_figure.png").is_file()
+    assert (tmp_path / "summary.md").read_text() == (folder / "summary.md").read_text()
     assert not (tmp_path / "runs").exists()
 
 

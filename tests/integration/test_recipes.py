@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_patterns_of_recipes_are_canonical(name):
         written = recipe.get(key) or []
         is_rule = key == "patterns" and recipe["method"] == "tpp"
         assert [str(p) for p in (map(Rule.parse, written) if is_rule else parse_patterns(written))] == written
+
+
+@pytest.mark.parametrize("name", sorted(packaged()))
+def test_the_section_of_the_method_names_the_recipe(name):
+    title = {"cram": "CrAM", "sfw": "SFW", "tpp": "TPP", "lilnetx": "LilNetX"}[read_recipe(name)["method"]]
+    section = (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    (line,) = re.findall(r"^Recipes: (.*)\.$", section, re.M)
+    assert f"`{name}`" in line.split(", ")
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
