@@ -125,7 +125,7 @@ def is_family(name: str | Path, revision: str | None = None) -> bool:
     """Whether a folder, or a repository on the Hub, holds the manifest of a family; no other file is asked for.
 
     Args:
-        name: a folder, also the output folder of the run that made it, or the id of a repository.
+        name: the folder of a family, or the id of a repository.
         revision: of the repository.
     """
     folder = Path(name)

@@ -198,6 +198,11 @@ def _checked(model: nn.Module, lines: Lines, inputs: Any) -> Iterator[None]:
     roots = ", ".join(dict.fromkeys(repr(path) for path, part in lines if part == "outputs"))
     with in_eval_mode(model), _zeros(model, lines):
         wanted = _output(model, inputs)
+    if not wanted.isfinite().all():
+        raise ValueError(
+            f"outputs of {roots} are not removed: with zeros in their place the output of the model is not finite, so "
+            "that nothing can be compared; weights that are not finite come from a training that diverged"
+        )
     try:
         yield
         try:

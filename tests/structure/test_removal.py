@@ -132,6 +132,17 @@ def test_what_is_not_equal_without_outputs_is_found_by_running_it():
     assert model.training
 
 
+def test_a_model_that_diverged_is_named_as_such_and_stays_as_it_is():
+    model = tiny_resnet()
+    with torch.no_grad():
+        model.classifier[1].weight[0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="training that diverged"):
+        remove(model, {"resnet.encoder.stages.0.layers.0.layer.0.convolution": [1]}, torch.randn(1, 3, 32, 32))
+    pairs = zip(before.values(), model.state_dict().values(), strict=True)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
 def test_outputs_that_lie_side_by_side_are_columns_of_one_reader():
     class Joined(nn.Module):
         def __init__(self):
