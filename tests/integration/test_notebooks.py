@@ -34,7 +34,7 @@ CLAIMS = {
     ],
     "smaller_layers": [
         "promised['50 % zeros'] == 1 and promised['50 % removed'] > 2",
-        "0.8 < measured['50 % zeros'] < 1.25 < measured['50 % removed'] < measured['75 % removed']",
+        "0.67 < measured['50 % zeros'] < 1.5 < measured['50 % removed'] < measured['75 % removed']",
         "after['TPP'] > after['L1'] + 30 and min(points['TPP'][-1], points['L1'][-1]) > 90",
         "model.num_parameters() < 0.2 * digits.num_parameters() and difference < 1e-3",
     ],
