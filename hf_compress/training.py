@@ -162,11 +162,12 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMix
             self._loss_scaling_is_unknown = False
             believes = num_items is not None and self.compute_loss_func is None
             if believes and self.args.check_loss_scaling and not self._loss_is_divided_by_items(batches[0]):
-                logger.warning(
-                    f"The loss of {type(self.accelerator.unwrap_model(self.model)).__name__} ignores "
-                    "num_items_in_batch: the Trainer would multiply it by the accumulation steps and by the number of "
-                    "processes. It is corrected; --no_check_loss_scaling leaves it as it is."
-                )
+                if self.args.gradient_accumulation_steps * self.args.world_size > 1:
+                    logger.warning(
+                        f"The loss of {type(self.accelerator.unwrap_model(self.model)).__name__} ignores "
+                        "num_items_in_batch: the Trainer would multiply it by the accumulation steps and by the number "
+                        "of processes. It is corrected; --no_check_loss_scaling leaves it as it is."
+                    )
                 self.model_accepts_loss_kwargs = False
                 num_items = None
         return batches, num_items

@@ -65,14 +65,17 @@ def test_accumulation_equals_one_large_batch(tmp_path, steps):
     assert largest_difference(whole, train(tmp_path, tiny_vit(), LastBatchOnly, **parts).model) > 1e-5
 
 
-def test_a_head_that_ignores_the_number_of_items_is_corrected(tmp_path):
+def test_a_head_that_ignores_the_number_of_items_is_corrected(tmp_path, caplog):
     """transformers#47688: the stock loop multiplies the loss of this head by the accumulation steps."""
-    models, losses = {}, {}
+    models, losses, warned = {}, {}, {}
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     for name, options in {"whole": {}, "parts": parts, "stock": {**parts, "check_loss_scaling": False}}.items():
         trainer = hfc.CrAMTrainer(model=tiny_bert(), args=config(tmp_path, **options), train_dataset=text_samples())
+        caplog.clear()
         trainer.train()
+        warned[name] = "ignores num_items_in_batch" in caplog.text
         models[name], losses[name] = trainer.model, trainer.state.log_history[0]["loss"]
+    assert warned == {"whole": False, "parts": True, "stock": False}  # only where something is corrected
     assert largest_difference(models["whole"], models["parts"]) < 1e-6
     assert losses["parts"] == pytest.approx(losses["whole"], abs=1e-3)
     assert losses["stock"] == pytest.approx(4 * losses["whole"], abs=1e-2)
