@@ -43,3 +43,13 @@ def test_what_lacks_its_data_is_left_out_by_name():
     assert "goals left out: give --place published=PATH" in first
     assert re.search(r"coded_sizes\.py --model net --output \S+coded_sizes\.json", second)
     assert last.startswith("0.0 h on one thread")
+
+
+def test_the_readme_says_how_long_it_takes(everything):
+    readme = (ROOT / "README.md").read_text()
+    hours = sum(job.minutes for job in everything.JOBS) / 60
+    (plan,) = [job.minutes / 60 for job in everything.JOBS if "cifar10_resnet20" in job.makes]
+    assert (
+        f"It prints its hours first, {hours:.0f} of one core without an accelerator, of which {plan:.0f} are\n"
+        in readme
+    )
