@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from evidence_plots import KINDS, counted_of, draw
+from evidence_plots import counted_of, draw
 from evidence_runs import measure, speed
 from evidence_tables import as_markdown
 from kept import Run, all_kept, kept
@@ -187,7 +187,7 @@ def tuned(plan: Run, folder: Path) -> dict[str, list[Run]]:
 
 
 def value(score: Run) -> float:
-    return float(next(score[kind] for kind in KINDS if kind in score))
+    return float(counted_of(score))
 
 
 def print_estimate(plan: Run, folder: Path, places: dict[str, str]) -> None:
@@ -251,7 +251,6 @@ def summary(plan: Run, folder: Path) -> Run:
     for ours, theirs in pairs:
         if ours in rows and theirs in rows and (by := differences(rows[ours], rows[theirs])):
             minus.setdefault(ours, {})[theirs] = by
-    mean = {name: over_seeds(own, "scores") for name, own in rows.items()}
     return {
         "title": plan["title"],
         "plan": plan,
@@ -260,30 +259,10 @@ def summary(plan: Run, folder: Path) -> Run:
         "seeds": {name: sorted(rows.get(name, {})) for name in plan["arms"]},
         "tuning": tuned(plan, folder),
         "chosen": picked,
-        "mean": mean,
+        "mean": {name: over_seeds(own, "scores") for name, own in rows.items()},
         "files": {name: over_seeds(own, "files") for name, own in rows.items()},
         "minus": minus,
-        "best": best(plan, mean, minus),
     }
-
-
-def best(plan: Run, mean: Run, minus: Run) -> Run:
-    """Of every pattern the arm that scores highest, and its margin over the first baseline.
-
-    A margin `counts` where it is larger than the standard deviation over seeds of either arm.
-    """
-    plain, found = next(iter(plan["baselines"]), None), {}
-    for pattern in mean.get(plain, {}):
-        scores = {arm: counted_of(own[pattern]) for arm, own in mean.items() if pattern in own}
-        others = [arm for arm in scores if pattern in minus.get(arm, {}).get(plain, {})]
-        if others:
-            arm = max(others, key=lambda name: float(scores[name]["mean"]))
-            margin = minus[arm][plain][pattern]
-            spread = max(scores[arm]["std"], scores[plain]["std"])
-            counts = len(margin["by_seed"]) > 1 and margin["difference"] > spread
-            found[pattern] = {"arm": arm, "points": scores[arm]["mean"], plain: scores[plain]["mean"]}
-            found[pattern] |= {"margin": margin["difference"], "spread": spread, "counts": counts}
-    return found
 
 
 def over_seeds(rows: dict[int, Run], key: str) -> Run:

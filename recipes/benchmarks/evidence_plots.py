@@ -109,7 +109,7 @@ def points_of(result: dict[str, Any], arm: str) -> dict[str, list[tuple[Any, lis
     return {panel: points if panel == "n_m" else sorted(points) for panel, points in found.items()}
 
 
-def counted_of(numbers: dict[str, Any]) -> dict[str, Any]:
+def counted_of(numbers: dict[str, Any]) -> Any:
     """Of the scores of a variant that which counts: with new batch norms, where it has some."""
     return next(numbers[kind] for kind in KINDS if kind in numbers)
 

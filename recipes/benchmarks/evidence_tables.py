@@ -11,10 +11,17 @@ Numbers = dict[str, Any]
 
 
 def as_markdown(result: Numbers) -> str:
-    """All tables, each under its heading."""
-    tables = {"Best of each pattern": best, "All arms": arms, "Pairs": pairs, "Files": files, "Settings": settings}
-    parts = [f"## {title}\n\n{make(result)}" for title, make in tables.items()]
-    return f"# {result['title']}\n\nMade by evidence.py; numbers are points.\n\n" + "\n\n".join(parts) + "\n"
+    """All tables that have rows, each under its heading."""
+    tables = {
+        "Best of each pattern": best(result),
+        "Claims": claims(result),
+        "All arms": arms(result),
+        "Pairs": pairs(result),
+        "Files": files(result),
+        "Settings": settings(result),
+    }
+    parts = [f"## {title}\n\n{text}" for title, text in tables.items() if text.count("\n") > 1]
+    return "\n\n".join([f"# {result['title']}", "Made by evidence.py; numbers are points.", *parts]) + "\n"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -34,16 +41,42 @@ def margin(numbers: Numbers) -> str:
     return f"{numbers['difference']:+.1f}" + (f" ({error:.1f})" if error is not None else "")
 
 
+def verdict(result: Numbers, ours: str, theirs: str, pattern: str) -> str:
+    """A difference counts where it is larger than the standard deviation over seeds of either arm."""
+    by = result["minus"][ours][theirs][pattern]
+    spread = max(counted_of(result["mean"][arm][pattern])["std"] for arm in (ours, theirs))
+    if len(by["by_seed"]) < 2 or abs(by["difference"]) <= spread:
+        return "within the spread"
+    return "yes" if by["difference"] > 0 else "no"
+
+
+def beside(result: Numbers, ours: str, theirs: str, pattern: str) -> list[str]:
+    """Both arms, and by how much ours is ahead."""
+    of_both = [points(counted_of(result["mean"][arm][pattern])) for arm in (ours, theirs)]
+    return [*of_both, margin(result["minus"][ours][theirs][pattern])]
+
+
 def best(result: Numbers) -> str:
-    """The arm that scores highest, and its margin over the first baseline; * where that is within the spread."""
-    plain = result["plan"]["baselines"][0]
-    rows = []
-    for pattern, found in result["best"].items():
-        arm = found["arm"]
-        of_both = [counted_of(result["mean"][name][pattern]) for name in (arm, plain)]
-        by = margin(result["minus"][arm][plain][pattern]) + ("" if found["counts"] else " *")
-        rows.append([pattern, label_of(result, arm), *map(points, of_both), by])
+    """Of every pattern the arm that scores highest, beside the first baseline; * where that is within the spread."""
+    plain, rows = result["plan"]["baselines"][0], []
+    for pattern in result["mean"].get(plain, {}):
+        others = [arm for arm, by in result["minus"].items() if pattern in by.get(plain, {})]
+        if others:
+            arm = max(others, key=lambda arm: float(counted_of(result["mean"][arm][pattern])["mean"]))
+            *of_both, by = beside(result, arm, plain, pattern)
+            star = "" if verdict(result, arm, plain, pattern) == "yes" else " *"
+            rows.append([pattern, label_of(result, arm), *of_both, by + star])
     return table(["cut to", "best", "points", label_of(result, plain), "margin (standard error)"], rows)
+
+
+def claims(result: Numbers) -> str:
+    """What the papers claim and the plan names."""
+    rows = [
+        [claim, *beside(result, ours, theirs, pattern), verdict(result, ours, theirs, pattern)]
+        for claim, ours, theirs, pattern in result["plan"].get("claims", ())
+        if pattern in result["minus"].get(ours, {}).get(theirs, {})
+    ]
+    return table(["claim of the papers", "ours", "theirs", "difference (standard error)", "holds"], rows)
 
 
 def arms(result: Numbers) -> str:
