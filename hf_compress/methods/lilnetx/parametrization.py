@@ -4,6 +4,7 @@ Girish et al., LilNetX: Lightweight Networks with EXtreme Model Compression and 
 (arXiv 2204.02965), after Oktay et al. 2020. A weight is cut into slices: the kernel of one input and output channel of
 a convolution, or some consecutive inputs of a Linear layer. One small matrix, the decoder, turns the whole numbers of
 every slice into weights; it has no bias, so that a slice of zeros stays one. The gradient of rounding is the identity.
+Where a decoder would be larger than what it saves, as for the stem of a small net, slices have one entry.
 
 A latent is kept in units of the weight, which is what the gain is for: learning rates mean for it what they mean for
 the weight itself. With a gain of 1 this is the published form.
@@ -30,6 +31,7 @@ from ...targets import Target, find_targets, unwrap
 INITS = ("pretrained", "uniform", "normal")
 SHARING = ("kind", "layer")
 _MAX_KERNEL = 49  # the decoder of a larger one would be larger than what it saves
+_SMALL_KERNEL = 9  # whose decoder is a third of a kilobyte
 _LARGEST = 32767  # that a file can hold
 
 
@@ -227,10 +229,8 @@ def reparametrize(
     targets = {n: t for n, t in find_targets(model, include, exclude).items() if uses[id(t.parameter)] == 1}
     _check(targets)
     made: dict[str, Decoder] = {}
-    for name, target in targets.items():
-        path, weight = name.rpartition(".")[0], target.parameter
-        row, kind = _slice_of(target, linear_slice)
-        group = kind if decoders == "kind" else path
+    for name, (group, row) in _groups_of(targets, linear_slice, decoders, init).items():
+        path, target, weight = name.rpartition(".")[0], targets[name], targets[name].parameter
         if group not in made:
             made[group] = Decoder(group, row, device=weight.device, dtype=weight.dtype)
         std = weight.std(correction=0)
@@ -266,6 +266,19 @@ def _check(targets: dict[str, Target]) -> None:
             )
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name} has a NaN or infinite entry; load weights that are finite")
+
+
+def _groups_of(targets: dict[str, Target], linear_slice: int, decoders: str, init: str) -> dict[str, tuple[str, int]]:
+    """The group of each weight, and how many entries its slices have: 1 where a decoder would outnumber its weights."""
+    found, weights = {}, Counter[str]()
+    for name, target in targets.items():
+        row, kind = _slice_of(target, linear_slice)
+        group = kind if decoders == "kind" else name.rpartition(".")[0]
+        found[name] = group, row
+        weights[group] += target.parameter.numel()
+    if init != "pretrained":  # as published
+        return found
+    return {n: (g, 1 if row > _SMALL_KERNEL and row**2 >= weights[g] else row) for n, (g, row) in found.items()}
 
 
 def _slice_of(target: Target, linear_slice: int) -> tuple[int, str]:

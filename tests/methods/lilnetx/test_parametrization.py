@@ -56,6 +56,21 @@ def test_weight_and_gradients_are_the_closed_form(name):
     torch.testing.assert_close(decoder.matrix.grad, whole.T @ slices * gain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("outputs", "decoders", "row"), [(16, "kind", 1), (17, "kind", 49), (16, "layer", 1)])
+def test_a_decoder_never_outnumbers_the_weights_that_it_makes(outputs, decoders, row):
+    """49 x 49 numbers for 16 x 3 x 49 weights would be most of the file of a small net."""
+    model = nn.Sequential(nn.Conv2d(3, outputs, 7), nn.Conv2d(outputs, 4, 3))
+    dense = copy.deepcopy(model)
+    stem, rest = reparametrize(model, include=["*"], steps_per_std=100, decoders=decoders)
+    assert (stem.decoded.decoder.row, rest.decoded.decoder.row) == (row, 9)
+    assert (model[0].weight - dense[0].weight).abs().max() <= dense[0].weight.std(correction=0) / 200 * 1.0001
+
+
+def test_layers_of_a_kind_are_counted_together():
+    model = nn.Sequential(nn.Conv2d(3, 10, 7), nn.Conv2d(10, 3, 7))
+    assert {layer.decoded.decoder.row for layer in reparametrize(model, include=["*"])} == {49}
+
+
 @given(st.floats(0.5, 8), st.integers(0, 2**31))
 def test_pretrained_weights_move_by_half_a_step_at_most(steps, seed):
     torch.manual_seed(seed)
