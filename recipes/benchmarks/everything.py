@@ -23,6 +23,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -65,7 +66,11 @@ JOBS = (
         + "--place qa={qa} --place minilm_l6={minilm_l6}", 150),
     Job("evidence", ("cifar10_resnet20",), PLAN % (("cifar10_resnet20",) * 3)
         + "--place cifar10={cifar10} --place resnet20_jpeg={resnet20_jpeg}", 2160),
-    Job("model_cards", (), "--output {cards}", 6),
+    Job("model_cards", (), "--output {cards} --recipe digits_cram digits_sfw digits_tpp digits_lilnetx", 6),
+    Job("model_cards", (), "--output {cards} --recipe cifar10_resnet20_cram_tune --place cifar10={cifar10} "
+        "--place resnet20_jpeg={resnet20_jpeg}", 30),
+    Job("model_cards", (), "--output {cards} --recipe minilm_squad_cram --place qa={qa} --place minilm_l6={minilm_l6}",
+        50),
 )  # fmt: skip
 
 
@@ -80,19 +85,18 @@ def main() -> None:
     places |= {"here": str(HERE), "results": str(RESULTS), "runs": str(options.runs)}
     places |= {"cards": str(HERE.parents[1] / "model_cards")}
     jobs = [job for job in JOBS if not options.only or set(options.only) & {job.script, *job.makes}]
-    able = [job for job in jobs if not missing(job, places)]
+    able = [job for job in jobs if not lacking(job.flags, places)]
     for job in jobs:
-        lacks = missing(job, places)
+        lacks = lacking(job.flags, places)
         print(f"{job.minutes:6.0f} min  {shlex.join(command(job, places)) if not lacks else left_out(job, lacks)}")
     print(f"{sum(job.minutes for job in able) / 60:.1f} h on one thread; finished runs are not made again", flush=True)
     for job in able if not options.list else ():
         subprocess.run(command(job, places), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def missing(job: Job, places: dict[str, str]) -> list[str]:
-    from string import Formatter
-
-    return sorted({name for _, name, _, _ in Formatter().parse(job.flags) if name and name not in places})
+def lacking(flags: str, places: dict[str, str]) -> list[str]:
+    """The places that flags name and that are not given."""
+    return sorted({name for _, name, _, _ in Formatter().parse(flags) if name and name not in places})
 
 
 def command(job: Job, places: dict[str, str]) -> list[str]:

@@ -23,6 +23,7 @@ from tests.conftest import ROOT, tiny_vit
 LIGHT = {
     "cifar10_resnet20_cram": ["--model_args", '{"shortcut": "B", "depth": 8}'],
     "cifar10_resnet18_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
+    "cifar10_resnet20_cram_tune": ["--model_name_or_path", "RESNET20"],
     "imagenet_resnet50_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_resnet50_cram_nm": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_vit_cram": ["--model_name_or_path", "VIT"],
@@ -82,11 +83,12 @@ def pretrained(tmp_path_factory, vit):
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     folders = {"VIT": vit}
-    for depth in (34, 50):
-        folders[f"RESNET{depth}"] = tmp_path_factory.mktemp(f"resnet{depth}")
-        sizes = {"layers": [3, 4, 6, 3], "channels": [8, 8, 8, 8]}
-        config = TimmWrapperConfig(architecture=f"resnet{depth}", num_labels=2, model_args=sizes)
-        TimmWrapperForImageClassification(config).save_pretrained(folders[f"RESNET{depth}"])
+    sizes = {"layers": [3, 4, 6, 3], "channels": [8, 8, 8, 8]}
+    for name, args in (("resnet20_cifar", {"depth": 8}), ("resnet34", sizes), ("resnet50", sizes)):
+        word = name.removesuffix("_cifar").upper()
+        folders[word] = tmp_path_factory.mktemp(name)
+        config = TimmWrapperConfig(architecture=name, num_labels=2, model_args=args)
+        TimmWrapperForImageClassification(config).save_pretrained(folders[word])
     return {word: str(folder) for word, folder in folders.items()}
 
 
