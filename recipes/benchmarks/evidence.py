@@ -181,8 +181,9 @@ def tuned(plan: Run, folder: Path) -> dict[str, list[Run]]:
         arm = arm_of(plan, name)
         for setting, own in zip(arm["grid"], runs, strict=True):
             row = look(folder, own)
-            points = row and round(statistics.mean(value(row["scores"][p]) for p in arm["judged_by"]), 3)
-            found.setdefault(name, []).append({"setting": setting, "points": points, "scores": row and row["scores"]})
+            scores = {p: value(row["scores"][p]) for p in arm["judged_by"]} if row else {}
+            points = round(statistics.mean(scores.values()), 3) if scores else None
+            found.setdefault(name, []).append({"setting": setting, "points": points, "scores": scores})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ def as_markdown(result: Numbers) -> str:
         "Pairs": pairs(result),
         "Files": files(result),
         "Settings": settings(result),
+        "Tried": tried(result),
     }
     parts = [f"## {title}\n\n{text}" for title, text in tables.items() if text.count("\n") > 1]
     return "\n\n".join([f"# {result['title']}", "Made by evidence.py; numbers are points.", *parts]) + "\n"
@@ -42,10 +44,12 @@ def margin(numbers: Numbers) -> str:
 
 
 def verdict(result: Numbers, ours: str, theirs: str, pattern: str) -> str:
-    """A difference counts where it is larger than the standard deviation over seeds of either arm."""
+    """A difference counts where it is larger than the standard deviation over seeds of either arm and of itself."""
     by = result["minus"][ours][theirs][pattern]
-    spread = max(counted_of(result["mean"][arm][pattern])["std"] for arm in (ours, theirs))
-    if len(by["by_seed"]) < 2 or abs(by["difference"]) <= spread:
+    if len(by["by_seed"]) < 2:
+        return "within the spread"
+    spreads = [counted_of(result["mean"][arm][pattern])["std"] for arm in (ours, theirs)]
+    if abs(by["difference"]) <= max(*spreads, statistics.stdev(by["by_seed"])):
         return "within the spread"
     return "yes" if by["difference"] > 0 else "no"
 
@@ -107,8 +111,20 @@ def files(result: Numbers) -> str:
 
 
 def settings(result: Numbers) -> str:
-    rows = [
-        [label_of(result, arm), ", ".join(f"{name} {value}" for name, value in setting.items())]
-        for arm, setting in result["chosen"].items()
-    ]
+    rows = [[label_of(result, arm), as_text(setting)] for arm, setting in result["chosen"].items()]
     return table(["", "chosen on held-out training data"], rows)
+
+
+def tried(result: Numbers) -> str:
+    """Every setting of every grid, with the points that chose among them: one seed, held-out training data."""
+    rows = [
+        [label_of(result, arm), as_text(row["setting"]), f"{row['points']:.1f}"]
+        for arm, found in result["tuning"].items()
+        for row in found
+        if row["points"] is not None
+    ]
+    return table(["", "tried", "points, held out"], rows)
+
+
+def as_text(setting: Numbers) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())

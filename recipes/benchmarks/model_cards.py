@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import yaml
 from everything import lacking
 from evidence_runs import image_model
@@ -56,7 +57,8 @@ def main() -> None:
 
 def make(recipe: str, flags: list[str], card: Path, folder: Path) -> None:
     """Runs a recipe, and keeps what stands on the page of its repository."""
-    command = [sys.executable, "-m", "hf_compress", "train", recipe, "--output_dir", str(folder), *flags]
+    here = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    command = [sys.executable, "-m", "hf_compress", "train", recipe, "--output_dir", str(folder), *flags, *here]
     subprocess.run(command, check=True)
     family = hfc.load_family(folder / "_family")
     shutil.rmtree(card, ignore_errors=True)

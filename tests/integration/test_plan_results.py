@@ -1,0 +1,66 @@
+"""Results of plans: each is that of its plan, its tables follow from its numbers, and the README quotes these."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+PLANS = sorted(plan.stem for plan in (BENCHMARKS / "plans").glob("*.yaml") if (RESULTS / f"{plan.stem}.json").is_file())
+
+QUOTED = {"digits_methods": ["best", "claims"], "minilm_qa": ["claims"]}
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("evidence_tables")
+
+
+def result_of(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_result_is_that_of_the_plan(name):
+    plan = yaml.safe_load((BENCHMARKS / "plans" / f"{name}.yaml").read_text())
+    result = result_of(name)
+    assert result["plan"] == json.loads(json.dumps(plan))
+    assert result["mean"]
+    for arm, own in result["mean"].items():
+        for numbers in own.values():
+            assert {len(kind["by_seed"]) for kind in numbers.values()} == {len(result["seeds"][arm])}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tables_and_pictures_are_those_of_the_result(name, tables):
+    result = result_of(name)
+    assert (RESULTS / f"{name}.md").read_text() == tables.as_markdown(result)
+    pictures = [f"{name}.png", *([f"{name}_figure.png"] if "figure" in result["plan"] else [])]
+    assert all((RESULTS / picture).stat().st_size > 10_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_setting_was_chosen_by_its_points(name):
+    result = result_of(name)
+    for arm, setting in result["chosen"].items():
+        tried = result["tuning"][arm]
+        assert setting == max(tried, key=lambda row: row["points"])["setting"], arm
+        assert len(tried) == len({json.dumps(row["setting"]) for row in tried})
+    counts = {len(result["tuning"][arm]) for arm in result["chosen"]}
+    assert len(counts) <= 1  # every arm has the same budget
+
+
+@pytest.mark.parametrize(("name", "table"), [(name, table) for name, quoted in QUOTED.items() for table in quoted])
+def test_the_readme_quotes_the_result(name, table, tables):
+    text = getattr(tables, table)(result_of(name))
+    assert text.count("\n") > 2
+    assert f"\n\n{text}\n\n" in README
+    assert f"(recipes/benchmarks/results/{name}.md)" in README
