@@ -66,6 +66,8 @@ class QuestionAnsweringArguments:
     null_threshold: float = field(default=0.0, metadata={"help": "By how much no answer must exceed the best span."})
 
     def __post_init__(self) -> None:
+        if self.train_file is not None:  # in place of a recipe's: what is not looked at is told nowhere
+            self.dataset_name = self.dataset_config_name = None
         check_counts(max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples)
         check_counts(n_best=self.n_best, max_answer_length=self.max_answer_length)
         if not 0 < self.validation_share < 1:

@@ -69,6 +69,8 @@ class TextClassificationArguments:
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample; longer ones are cut."})
 
     def __post_init__(self) -> None:
+        if self.train_file is not None:  # in place of a recipe's: what is not looked at is told nowhere
+            self.dataset_name = self.dataset_config_name = None
         if self.text_pair_column is not None and self.text_column is None:
             raise ValueError(
                 f"text_pair_column is {self.text_pair_column!r}, but there is no text_column; name the column of the "

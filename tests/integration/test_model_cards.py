@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_compress.family.manifest import read_manifest, sha256
-from hf_compress.family.table import table_rows
+from hf_compress.family.table import main_metric, table_rows
 from hf_compress.methods.registry import METHODS
 from tests.conftest import ROOT
 
@@ -30,7 +30,8 @@ def test_every_number_is_that_of_the_manifest(card):
     metadata = yaml.safe_load(text.split("---\n")[1])
     values = [r["metrics"] for r in metadata["model-index"][0]["results"]]
     found = [metric["value"] for metrics in values for metric in metrics]
-    assert found == [pytest.approx(v.metrics["accuracy"], abs=1e-6) for v in manifest.checkpoints]
+    name = main_metric(manifest.dense.metrics)
+    assert found == [pytest.approx(v.metrics[name], abs=1e-6) for v in manifest.checkpoints]
     assert METHODS[manifest.method].paper.removeprefix("arXiv:") in text
 
 

@@ -261,6 +261,7 @@ def test_a_recipe_in_two_processes(bert, files, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"cram on {processes} process" in done.stdout
         found[processes] = hfc.load_family(out / "_family")
+        assert "dataset_name" not in found[processes].recipe  # SQuAD is the recipe's, and was not looked at
         log = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
         assert {"eval_f1", "eval_nm-2of4_f1"} <= {key for row in log for key in row}
     for one, two in zip(*(found[n].checkpoints for n in (1, 2)), strict=True):
