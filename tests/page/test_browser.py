@@ -242,6 +242,7 @@ def test_light_and_dark(open_page):
     dark = colours(open_page(scheme="dark"))
     assert all(light[key] != dark[key] for key in light)
     page.emulate_media(color_scheme="dark")
+    page.wait_for_function("color => Chart.getChart('chart').options.scales.y.grid.color === color", arg=dark["grid"])
     assert colours(page) == dark
 
 
