@@ -29,7 +29,7 @@ RECIPES = {
     "digits_sfw": "",
     "digits_tpp": "",
     "digits_lilnetx": "",
-    "cifar10_resnet20_cram_tune": "--dataset_name {cifar10} --image_column image --model_name_or_path {resnet20} "
+    "cifar10_resnet20_cram_tune": "--dataset_name {cifar10} --image_column image --model_name_or_path {resnet20_jpeg} "
     "--dataloader_num_workers 0",
     "minilm_squad_cram": "--train_file {qa}/train.parquet --eval_file {qa}/validation.parquet --max_train_samples 4000 "
     "--model_name_or_path {minilm_l6} --bf16 true",
@@ -47,7 +47,7 @@ def main() -> None:
     places = dict(place.split("=", 1) for place in options.place)
     with tempfile.TemporaryDirectory() as folder:
         if "resnet20_jpeg" in places:
-            places["resnet20"] = str(as_checkpoint(places, Path(folder) / "resnet20"))
+            places["resnet20_jpeg"] = str(as_checkpoint(places, Path(folder) / "resnet20"))
         for recipe in options.recipe:
             if lacks := lacking(RECIPES[recipe], places):
                 print(f"{recipe} left out, of which {', '.join(lacks)} is not given", flush=True)

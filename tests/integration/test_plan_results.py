@@ -1,13 +1,16 @@
-"""Results of plans: each is that of its plan, its tables follow from its numbers, and the README quotes these."""
+"""Results of plans: each is that of its plan, tables follow from its numbers, README and recipes take what it found."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
+from dataclasses import fields
 
 import pytest
 import yaml
 
+from hf_compress.methods.registry import METHODS
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -54,8 +57,6 @@ def test_a_setting_was_chosen_by_its_points(name):
         tried = result["tuning"][arm]
         assert setting == max(tried, key=lambda row: row["points"])["setting"], arm
         assert len(tried) == len({json.dumps(row["setting"]) for row in tried})
-    counts = {len(result["tuning"][arm]) for arm in result["chosen"]}
-    assert len(counts) <= 1  # every arm has the same budget
 
 
 @pytest.mark.parametrize(("name", "table"), [(name, table) for name, quoted in QUOTED.items() for table in quoted])
@@ -64,3 +65,33 @@ def test_the_readme_quotes_the_result(name, table, tables):
     assert text.count("\n") > 2
     assert f"\n\n{text}\n\n" in README
     assert f"(recipes/benchmarks/results/{name}.md)" in README
+
+
+OF_RECIPES = [
+    (plan.stem, arm)
+    for plan in sorted((BENCHMARKS / "plans").glob("*.yaml"))
+    for arm, of_arm in yaml.safe_load(plan.read_text())["arms"].items()
+    if "recipe" in of_arm
+]
+
+
+@pytest.mark.parametrize(("name", "arm"), OF_RECIPES)
+def test_recipes_train_as_the_plan_with_what_was_chosen(name, arm, monkeypatch):
+    """Clipping, for one, decides whether the net of LilNetX is any good."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    plan = yaml.safe_load((BENCHMARKS / "plans" / f"{name}.yaml").read_text())
+    of_arm, runs = plan["arms"][arm], RESULTS / f"{name}_runs"
+    chosen = importlib.import_module("evidence").chosen(plan, runs) if runs.is_dir() else result_of(name)["chosen"]
+    recipe = yaml.safe_load((ROOT / f"recipes/image-classification/{of_arm['recipe']}.yaml").read_text())
+    defaults = {f.name: f.default for f in fields(METHODS[recipe["method"]].config_class)}
+    expected = {**plan["training"], **of_arm["flags"], **chosen[arm]}
+    if recipe["method"] == "sfw":  # which is the optimizer
+        expected = {name: value for name, value in expected.items() if not name.startswith("optim")}
+    expected.pop("trainability_samples", None)  # what is logged
+    of_recipe = {name: recipe.get(name, defaults[name]) for name in expected}
+    assert {n: as_number(v) for n, v in of_recipe.items()} == {n: as_number(v) for n, v in expected.items()}
+
+
+def as_number(value):
+    """Flags are texts in some files."""
+    return float(value) if re.fullmatch(r"[\d.e-]+", str(value)) else value

@@ -222,6 +222,15 @@ def test_long_texts_are_cut(prepared):
             prepared(splits, max_length=wrong)
 
 
+def test_what_a_file_replaces_is_not_told():
+    from hf_compress.training import changed_arguments
+
+    args = TextClassificationArguments(
+        "net", dataset_name="nyu-mll/glue", dataset_config_name="sst2", train_file="a.csv"
+    )
+    assert changed_arguments(args) == {"model_name_or_path": "net", "train_file": "a.csv"}
+
+
 def test_unlabelled_samples_are_refused_and_their_split_named(prepared):
     """As in the split test of GLUE."""
     splits = {"train": sentences(8), "validation": sentences(4), "test": sentences(3, labels=[-1] * 3)}

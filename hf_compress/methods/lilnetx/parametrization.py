@@ -4,7 +4,8 @@ Girish et al., LilNetX: Lightweight Networks with EXtreme Model Compression and 
 (arXiv 2204.02965), after Oktay et al. 2020. A weight is cut into slices: the kernel of one input and output channel of
 a convolution, or some consecutive inputs of a Linear layer. One small matrix, the decoder, turns the whole numbers of
 every slice into weights; it has no bias, so that a slice of zeros stays one. The gradient of rounding is the identity.
-Where a decoder would be larger than what it saves, as for the stem of a small net, slices have one entry.
+Where pretrained weights are kept and a decoder would outnumber them, as for the stem of a small net, slices have one
+entry.
 
 A latent is kept in units of the weight, which is what the gain is for: learning rates mean for it what they mean for
 the weight itself. With a gain of 1 this is the published form.
@@ -214,14 +215,7 @@ def reparametrize(
         ValueError: for a wrong option, a model without targets, one that has latents already, or weights that are in
             half precision, not finite, or dealt to several processes.
     """
-    for name, value, allowed in (("init", init, INITS), ("decoders", decoders, SHARING)):
-        if value not in allowed:
-            raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
-    for name, number in (("steps_per_std", steps_per_std), ("boundary", boundary)):
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name} must be a number above 0, got {number!r}")
-    if type(linear_slice) is not int or not 1 <= linear_slice <= 64:
-        raise ValueError(f"linear_slice must be a whole number from 1 to 64, got {linear_slice!r}")
+    _check_options(init, decoders, steps_per_std, boundary, linear_slice)
     model = unwrap(model)
     if latent_layers(model):
         raise ValueError("this model has latents already; bake it first")
@@ -246,6 +240,17 @@ def reparametrize(
     if init != "pretrained":
         _draw(layers, init, boundary, torch.Generator().manual_seed(seed))
     return layers
+
+
+def _check_options(init: str, decoders: str, steps_per_std: float, boundary: float, linear_slice: int) -> None:
+    for name, value, allowed in (("init", init, INITS), ("decoders", decoders, SHARING)):
+        if value not in allowed:
+            raise ValueError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
+    for name, number in (("steps_per_std", steps_per_std), ("boundary", boundary)):
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name} must be a number above 0, got {number!r}")
+    if type(linear_slice) is not int or not 1 <= linear_slice <= 64:
+        raise ValueError(f"linear_slice must be a whole number from 1 to 64, got {linear_slice!r}")
 
 
 def _check(targets: dict[str, Target]) -> None:
