@@ -98,16 +98,9 @@ def build_family(
             something else. Nothing is left behind then.
     """
     model = unwrap(model)
-    if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
-        raise ValueError(
-            f"{type(model).__name__} has no save_pretrained and from_pretrained; give a transformers model "
-            "(a timm model in TimmWrapperForImageClassification)"
-        )
-    if isinstance(calibration_data, Iterator):
-        raise ValueError("calibration_data is an iterator, which the first variant would use up; give a DataLoader")
+    _check_arguments(model, calibration_data, recipe)
     if example_inputs is None and calibration_data is not None:
         example_inputs = _first_sample(calibration_data)
-    json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
     made = {parse_pattern(pattern): unwrap(variant) for pattern, variant in (trained or {}).items()}
     cut = distinct_patterns([*made, *patterns])
     check_storage(storage, cut)
@@ -119,22 +112,28 @@ def build_family(
     job.statistics = statistics
     job.patterns, job.slider_shares = [p for p in cut if p not in made], slider_shares
     try:
-        checkpoints: list[Variant] = []
         with _without_progress_bars():
-            for pattern in (None, *cut):
-                variant = made.get(pattern) if pattern else None
-                checkpoints.append(job.checkpoint(pattern, checkpoints[0] if checkpoints else None, variant))
-                if progress is not None:
-                    progress(checkpoints[-1])
+            dense, *variants = job.checkpoints(cut, made, progress)
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        dense, variants = checkpoints[0], tuple(checkpoints[1:])
-        manifest = Manifest(partial, method, task, base_model, dense, variants, recipe or {}, _versions(), files={})
+        parts = dense, tuple(variants)
+        manifest = Manifest(partial, method, task, base_model, *parts, recipe or {}, _versions(), files={})
         run_on_main(lambda: _finish(manifest, target))
     except BaseException:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return load_family(target)
+
+
+def _check_arguments(model: Any, calibration_data: Any, recipe: Any) -> None:
+    if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
+        raise ValueError(
+            f"{type(model).__name__} has no save_pretrained and from_pretrained; give a transformers model "
+            "(a timm model in TimmWrapperForImageClassification)"
+        )
+    if isinstance(calibration_data, Iterator):
+        raise ValueError("calibration_data is an iterator, which the first variant would use up; give a DataLoader")
+    json.dumps(recipe, allow_nan=False)  # fails now rather than after the work
 
 
 @dataclass
@@ -156,6 +155,18 @@ class _Job:
     patterns: Sequence[Pattern] = ()
     slider_shares: Sequence[float] = ()
     statistics: StatisticsPack | None = None
+
+    def checkpoints(
+        self, patterns: Sequence[Pattern], made: Mapping[Pattern, Any], progress: Callable[[Variant], None] | None
+    ) -> list[Variant]:
+        """The dense checkpoint and one for every pattern; those in `made` were trained and are not cut."""
+        done: list[Variant] = []
+        for pattern in (None, *patterns):
+            variant = made.get(pattern) if pattern else None
+            done.append(self.checkpoint(pattern, done[0] if done else None, variant))
+            if progress is not None:
+                progress(done[-1])
+        return done
 
     def checkpoint(self, pattern: Pattern | None, dense: Variant | None, trained: Any = None) -> Variant:
         """Write one checkpoint (the dense one without pattern), load it back and measure it."""

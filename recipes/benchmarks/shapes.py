@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,18 +51,25 @@ def peak_of(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def copies_at_peak(make: Callable[[], tuple[Any, Callable[[], Any]]], steps: int = 3) -> dict[str, float]:
-    """The highest resident size of this process over some steps, less that before the model, in copies of its weights.
+    """The most memory of this process over some steps, less that before the model, in copies of its weights.
+
+    Pages of programs and libraries, of which some are loaded at their first use, are not counted.
 
     Args:
         make: gives the model and what one step is.
         steps: that count.
     """
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = _kibibytes("RssAnon")
     model, step = make()
     for _ in range(steps):
         step()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     # ru_maxrss would start from that of the process that started this one.
+    peak = _kibibytes("VmHWM") - _kibibytes("RssFile")
+    return {"copies": round((peak - before) * 1024 / size, 3), "parameter_bytes": size}
+
+
+def _kibibytes(name: str) -> int:
+    """A number of the kernel on the memory of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024
-    return {"copies": round((peak - before) / size, 3), "parameter_bytes": size}
+    return int(status[name].split()[0])

@@ -82,7 +82,7 @@ class Pause(TrainerCallback):
         time.sleep(self.seconds)
 
 
-def main():
+def parsed():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=16)
@@ -100,28 +100,38 @@ def main():
     parser.add_argument("--bucket_view", action="store_true")
     parser.add_argument("--model", default="vit")
     parser.add_argument("--no_check", action="store_true")
-    parser.add_argument("--method", default="cram")
+    parser.add_argument("--method", default="cram", choices=list(TRAINERS))
     parser.add_argument("--constraint")
     parser.add_argument("--only_rank_0", action="store_true")
-    options = parser.parse_args()
-    if options.model == "bert":
-        model, data = tiny_bert(), text_samples()
-    else:
-        model = tiny_vit(hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout)
-        data = image_samples()
+    return parser.parse_args()
+
+
+TRAINERS = {
+    "cram": (Recorder, Sharded),
+    "sfw": (SFWRecorder, SFWSharded),
+    "tpp": (TPPRecorder, TPPSharded),
+    "lilnetx": (LilNetXRecorder, LilNetXSharded),
+}
+
+
+def method_of(options):
+    """Its class of arguments, and its own ones."""
+    short = {"grow_steps": 4, "grow_every": 1, "stabilize_steps": 4}
+    coding = {"rate_weight": 0.3, "slice_weight": 0.1, "rate_latents": 400, "include": ["*vit.*"], "linear_slice": 4}
+    return {
+        "cram": (hfc.CrAMConfig, {"rho": 0.1, "patterns": ["unstructured:0.5", "2:4"]}),
+        "sfw": (hfc.SFWConfig, {"constraint": options.constraint}),
+        "tpp": (hfc.TPPConfig, {"patterns": ["neurons:0.5", "heads:0.5"], **short}),
+        "lilnetx": (hfc.LilNetXConfig, coding),
+    }[options.method]
+
+
+def arguments(options):
+    config_class, method = method_of(options)
     sharding = {}
     if options.fsdp:
         sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["ViTLayer"]}}
-    config_class, method = hfc.CrAMConfig, {"rho": 0.1, "patterns": ["unstructured:0.5", "2:4"]}
-    if options.method == "sfw":
-        config_class, method = hfc.SFWConfig, {"constraint": options.constraint}
-    if options.method == "tpp":
-        short = {"grow_steps": 4, "grow_every": 1, "stabilize_steps": 4}
-        config_class, method = hfc.TPPConfig, {"patterns": ["neurons:0.5", "heads:0.5"], **short}
-    if options.method == "lilnetx":
-        method = {"rate_weight": 0.3, "slice_weight": 0.1, "rate_latents": 400, "include": ["*vit.*"]}
-        config_class, method = hfc.LilNetXConfig, {**method, "linear_slice": 4}
-    args = config_class(
+    return config_class(
         output_dir=str(options.output_dir),
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch,
@@ -138,9 +148,16 @@ def main():
         **method,
         **sharding,
     )
-    kinds = {"cram": (Recorder, Sharded), "sfw": (SFWRecorder, SFWSharded), "tpp": (TPPRecorder, TPPSharded)}
-    kinds["lilnetx"] = LilNetXRecorder, LilNetXSharded
-    trainer = kinds[options.method][options.fsdp](
+
+
+def make_trainer(options):
+    if options.model == "bert":
+        model, data = tiny_bert(), text_samples()
+    else:
+        model = tiny_vit(hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout)
+        data = image_samples()
+    args = arguments(options)
+    trainer = TRAINERS[options.method][options.fsdp](
         model=model,
         args=args,
         train_dataset=data,
@@ -155,6 +172,12 @@ def main():
         trainer.regularization.strength = lambda step: float(trainer.accelerator.process_index == 0)
     if options.bucket_view:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return trainer
+
+
+def main():
+    options = parsed()
+    trainer = make_trainer(options)
     trainer.train(resume_from_checkpoint=options.resume)
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     options.output_dir.mkdir(exist_ok=True, parents=True)

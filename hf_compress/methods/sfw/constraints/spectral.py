@@ -245,10 +245,21 @@ def _followed(matrix: torch.Tensor, basis: torch.Tensor) -> Factors | None:
 
 def _exact(matrix: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` leading left singular vectors; something orthonormal for a matrix that is not finite."""
-    dtype, matrix = matrix.dtype, matrix.double()
-    gram = matrix @ matrix.T
-    gram = torch.where(gram.diagonal().sum().isfinite(), gram, torch.eye(len(gram)).to(gram))
-    return torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(1).to(dtype)
+    gram = _gram(matrix)
+    gram.nan_to_num_(0, 0, 0).mul_(gram.diagonal().sum().isfinite())
+    into = gram.new_empty(len(gram)), gram  # LAPACK needs room for two more as large
+    return torch.linalg.eigh(gram, out=into).eigenvectors[:, -count:].flip(1).to(matrix.dtype)
+
+
+def _gram(matrix: torch.Tensor) -> torch.Tensor:
+    """The products of all rows with each other in float64; on a CPU without a copy of the whole matrix."""
+    columns = min(max(1, CHUNK // len(matrix)), matrix.shape[1]) if matrix.device.type == "cpu" else matrix.shape[1]
+    room = torch.empty(len(matrix), columns, dtype=torch.float64, device=matrix.device)
+    gram = room.new_zeros(len(matrix), len(matrix))
+    for part in matrix.split(columns, dim=1):
+        wide_part = room[:, : part.shape[1]].copy_(part)
+        gram.addmm_(wide_part, wide_part.T)
+    return gram
 
 
 def _orthonormal_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
