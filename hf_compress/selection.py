@@ -111,7 +111,8 @@ def _select_on_cpu(weights: Sequence[torch.Tensor], num_pruned: int) -> list[np.
     """The flat mask of every weight."""
     masks = [np.empty(w.numel(), bool) for w in weights]
     cut = _search(weights, num_pruned, masks)
-    pruned = np.sort(np.concatenate([cut.in_band, cut.ties[: num_pruned - cut.num_smaller]]))
+    # Both are in order, which a stable sort merges.
+    pruned = np.sort(np.concatenate([cut.in_band, cut.ties[: num_pruned - cut.num_smaller]]), kind="stable")
     ends = np.cumsum([mask.size for mask in masks])
     for mask, end, part in zip(masks, ends, np.split(pruned, np.searchsorted(pruned, ends[:-1])), strict=True):
         mask[part - (end - mask.size)] = False
@@ -133,8 +134,8 @@ def _search(weights: Sequence[torch.Tensor], num_pruned: int, masks: list[np.nda
         low, high = (type(low)(0.0), low) if num_pruned <= below else (high, type(high)(np.inf))
     rank = num_pruned - below
     threshold = np.partition(values, rank - 1)[rank - 1]
-    in_band = places[values < threshold]
-    return Cut(threshold, below + in_band.size, largest, places[values == threshold], in_band)
+    in_band, ties = places[values < threshold], places[np.flatnonzero(values == threshold)]
+    return Cut(threshold, below + in_band.size, largest, ties, in_band)
 
 
 def _mark(
@@ -188,11 +189,11 @@ def _confidence_band(weights: Sequence[torch.Tensor], k: int, dtype: torch.dtype
 
 def _magnitudes(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[np.ndarray]:
     """|w| of all weights in chunks that fit the cache; the next chunk takes the place of the one before."""
-    scratch = torch.empty(CHUNK, dtype=dtype)
+    scratch = torch.empty(CHUNK, dtype=dtype).numpy()
     for weight in weights:
         for chunk in _flat(weight).split(CHUNK):
             if chunk.numel():
-                yield torch.abs(chunk.to(dtype), out=scratch[: chunk.numel()]).numpy()
+                yield np.abs(chunk.to(dtype).numpy(), out=scratch[: chunk.numel()])
 
 
 def _magnitude(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

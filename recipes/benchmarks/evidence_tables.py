@@ -61,16 +61,27 @@ def beside(result: Numbers, ours: str, theirs: str, pattern: str) -> list[str]:
 
 
 def best(result: Numbers) -> str:
-    """Of every pattern the arm that scores highest, beside the first baseline; * where that is within the spread."""
-    plain, rows = result["plan"]["baselines"][0], []
-    for pattern in result["mean"].get(plain, {}):
-        others = [arm for arm, by in result["minus"].items() if pattern in by.get(plain, {})]
+    """Of every pattern the arm that scores highest, beside plain training; * where that is within the spread.
+
+    Plain training is the first baseline, or the best of those that the plan calls "plain".
+    """
+    plains = result["plan"].get("plain", result["plan"]["baselines"][:1])
+    head, rows = " or ".join(label_of(result, plain) for plain in plains), []
+    for pattern in result["mean"].get(plains[0], {}):
+        plain = highest(result, plains, pattern)
+        others = [arm for arm, by in result["minus"].items() if arm not in plains and pattern in by.get(plain, {})]
         if others:
-            arm = max(others, key=lambda arm: float(counted_of(result["mean"][arm][pattern])["mean"]))
+            arm = highest(result, others, pattern)
             *of_both, by = beside(result, arm, plain, pattern)
             star = "" if verdict(result, arm, plain, pattern) == "yes" else " *"
             rows.append([pattern, label_of(result, arm), *of_both, by + star])
-    return table(["cut to", "best", "points", label_of(result, plain), "margin (standard error)"], rows)
+    return table(["cut to", "best", "points", head, "margin (standard error)"], rows)
+
+
+def highest(result: Numbers, arms: list[str], pattern: str) -> str:
+    """The arm of these that scores highest."""
+    own = {arm: result["mean"][arm] for arm in arms if pattern in result["mean"].get(arm, {})}
+    return max(own, key=lambda arm: float(counted_of(own[arm][pattern])["mean"]))
 
 
 def claims(result: Numbers) -> str:

@@ -157,23 +157,6 @@ def test_there_is_a_file_for_every_way_to_launch():
     assert fsdp["fsdp_version"] == 2
 
 
-def test_the_cifar10_result_is_what_its_runs_say(tmp_path, monkeypatch):
-    """Means, differences and the plot come from the runs in the file alone."""
-    path = ROOT / "recipes" / "benchmarks" / "cifar10_cram.py"
-    monkeypatch.syspath_prepend(path.parent)
-    benchmark = importlib.import_module("cifar10_cram")
-    result = json.loads((path.parent / "results" / "cifar10_cram.json").read_text())
-    again = benchmark.summary(result["settings"], result["runs"])
-    for key in ("what", "command", "mean", "minus", "ahead", "minutes"):
-        assert again[key] == result[key], key
-    assert result["settings"]["arms"] == benchmark.ARMS
-    assert result["settings"]["training"] == benchmark.TRAINING
-    assert {len(result["runs"][arm]) for arm in benchmark.ARMS} == {2}
-    benchmark.draw(result, tmp_path / "plot")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
-
-
 def test_the_cifar10_result_of_sfw_is_what_its_runs_say(monkeypatch):
     """The settings follow from the tuning, means and differences from the runs."""
     folder = ROOT / "recipes" / "benchmarks"
