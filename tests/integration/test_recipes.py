@@ -24,6 +24,7 @@ LIGHT = {
     "cifar10_resnet20_cram": ["--model_args", '{"shortcut": "B", "depth": 8}'],
     "cifar10_resnet18_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "cifar10_resnet20_cram_tune": ["--model_name_or_path", "RESNET20"],
+    "cifar10_resnet20_cram_nm_tune": ["--model_name_or_path", "RESNET20"],
     "imagenet_resnet50_cram": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_resnet50_cram_nm": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_vit_cram": ["--model_name_or_path", "VIT"],
