@@ -114,9 +114,8 @@ def build_family(
     try:
         with _without_progress_bars():
             dense, *variants = job.checkpoints(cut, made, progress)
-        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
         parts = dense, tuple(variants)
-        manifest = Manifest(partial, method, task, base_model, *parts, recipe or {}, _versions(), files={})
+        manifest = Manifest(partial, method, task, _base_model(model), *parts, recipe or {}, _versions(), files={})
         run_on_main(lambda: _finish(manifest, target))
     except BaseException:
         if is_main_process():
@@ -312,6 +311,12 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 def _loads_with(model: nn.Module) -> str:
     ours = any(type(m).__module__.split(".")[0] == "hf_compress" for m in model.modules())
     return "hf_compress" if ours or describe(model) else "transformers"
+
+
+def _base_model(model: Any) -> str | None:
+    """The name that it was loaded by; None for an absolute path, which is nobody's business."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not Path(name).is_absolute() else None
 
 
 def _versions() -> dict[str, str]:

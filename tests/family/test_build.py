@@ -99,6 +99,20 @@ def test_the_manifest_hashes_every_file(family):
     assert hfc.load_family(family.folder) == family
 
 
+@pytest.mark.parametrize("place", ["owner/net", "out/net", None])
+def test_the_base_model_is_named_without_the_path_of_a_machine(tmp_path, vit, place):
+    """A folder that is given whole tells who trained where."""
+    name = str(tmp_path / "net") if place is None else place
+    vit.save_pretrained(tmp_path / "net")
+    model = type(vit).from_pretrained(tmp_path / "net")
+    model.config._name_or_path = name
+    family = hfc.build_family(model, ["2:4"], None, None, tmp_path / "family")
+    assert family.base_model == place
+    files = [f for f in family.folder.rglob("*") if f.suffix in (".json", ".md", ".yaml", ".svg")]
+    assert len(files) == 3
+    assert not [f for f in files if str(tmp_path) in f.read_text()]
+
+
 def test_pictures_are_drawn(family):
     png, svg = (family.folder / "plots" / f"sparsity.{kind}" for kind in ("png", "svg"))
     assert png.read_bytes().startswith(b"\x89PNG")
