@@ -30,7 +30,7 @@ class Manifest:
         folder: where it lies.
         method: that trained the dense checkpoint, "one_shot" for none.
         task: such as "image-classification", None if unknown.
-        base_model: that the training started from, None for none.
+        base_model: that the training started from; None for none, or for one that was given by an absolute path.
         dense: the dense checkpoint.
         variants: in the order in which they were asked for.
         recipe: how the dense checkpoint was trained.
