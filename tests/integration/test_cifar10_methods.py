@@ -25,7 +25,7 @@ def tables(monkeypatch):
 
 def mean(arm, pattern):
     numbers = RESULT["mean"][arm][pattern]
-    return numbers["as_trained" if pattern == "dense" else "recalibrated"]["mean"]
+    return numbers["recalibrated" if pattern in PLAN["variants"] else "as_trained"]["mean"]
 
 
 def test_every_arm_that_is_there_has_all_seeds_and_the_figure_has_all_its_arms():
@@ -70,3 +70,37 @@ def test_the_best_stands_beside_the_better_of_both_sgd(tables):
     for line in tables.best(RESULT).splitlines()[2:]:
         pattern, _, _, plain, _ = line.strip("| ").split(" | ")
         assert float(plain.split()[0]) == round(max(mean("sgd", pattern), mean("sgd_dense", pattern)), 1)
+
+
+def test_what_is_trained_for_one_sparsity():
+    below, level, above = (
+        mean(f"gradual_{n}", p) - mean("cram_multi", p)
+        for n, p in ((80, "unstructured:0.8"), (90, "unstructured:0.9"), (95, "unstructured:0.95"))
+    )
+    assert f"level with CrAM+ at 90 % and {above:.1f} points above it at 95 %, and {-below:.1f} below at 80 %" in README
+    assert abs(level) < 0.5
+
+
+def test_tpp_is_above_l1_where_much_goes(tables):
+    more = mean("tpp_70", "blocks:filters:0.7") - mean("l1_70", "blocks:filters:0.7")
+    assert f"TPP is {more:.1f} above L1 where 70 % of the filters inside the blocks go" in README
+    assert tables.verdict(RESULT, "tpp_70", "l1_70", "blocks:filters:0.7") == "yes"
+    assert tables.verdict(RESULT, "tpp_50", "l1_50", "blocks:filters:0.5") == "within the spread"
+
+
+def test_lilnetx_writes_smaller_files():
+    def file(arm, form):
+        found = RESULT["files"][arm][form]
+        return found["bytes"]["mean"] / 1000, found["as_loaded"]["mean"]
+
+    coded, gradual = file("lilnetx", "lilnetx"), file("gradual_90", "int8")
+    assert f"LilNetX writes {coded[0]:.0f} kB at {coded[1]:.1f} points" in README
+    assert f"gradual pruning at 90 % behind int8 ({gradual[0]:.0f} kB, {gradual[1]:.1f})" in README
+    assert coded[0] < gradual[0]
+    assert coded[1] > gradual[1]
+    cut = [
+        file(arm, "unstructured:0.8+int8")[0]
+        for arm, forms in RESULT["files"].items()
+        if "unstructured:0.8+int8" in forms
+    ]
+    assert coded[0] / min(cut) == pytest.approx(0.5, abs=0.05)
