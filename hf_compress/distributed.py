@@ -118,6 +118,12 @@ def sum_over_shards(values: Sequence[torch.Tensor], tensors: Sequence[torch.Tens
     return torch.stack([value.to(first.device) for value in shared.values()]).sum(0)
 
 
+def counts_here(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Whether each tensor counts in a sum over ranks: a plain one beside sharded ones lies on all, and counts once."""
+    group = next((found for t in tensors if (found := shard_group(t)) is not None), None)
+    return [group is None or is_sharded(t) or dist.get_rank(group) == 0 for t in tensors]
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a value that every rank has one of; the value itself where no process group is running."""
     if is_distributed():

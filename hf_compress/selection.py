@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .distributed import is_sharded, local, shard_group, sharded_like
+from .distributed import counts_here, is_sharded, local, shard_group, sharded_like
 
 CHUNK = 1 << 17  # elements: half a MiB of float32, so that all work on a chunk stays in the cache
 _MOST_SAMPLES, _LEAST_SAMPLES = 1 << 16, 512
 _CONFIDENCE = 3.0  # standard deviations of the sample quantile; one miss in 400 costs one more pass, never exactness
 
 
-Group = tuple[Sequence[torch.Tensor], int]  # weights that are compared with each other, and how many to prune of them
+Group = tuple[Sequence[torch.Tensor], int]  # weights that are compared with each other, and how many to prune or keep
 
 
 def keep_largest_of_groups(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
@@ -54,10 +54,7 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     if all(w.device.type == "cpu" for w in weights):
         flat = _select_on_cpu(weights, num_pruned)
         return [torch.from_numpy(mask).view(w.shape) for mask, w in zip(flat, weights, strict=True)]
-    threshold = kth_smallest_magnitude(weights, num_pruned)
-    masks = [_magnitude(w, threshold) > threshold for w in weights]
-    _keep_last_ties(weights, masks, threshold, total - num_pruned)
-    return masks
+    return _select_on_accelerator(weights, num_pruned)
 
 
 def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
@@ -67,7 +64,7 @@ def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tens
     """
     total = sum(w.numel() for w in weights)
     if any(map(is_sharded, weights)):
-        return _kth_of_shards(weights, total - k + 1)
+        return kth_largest_of_shards([(weights, k)])[0]
     if any(w.device.type != "cpu" for w in weights):
         return kth_smallest_magnitude(weights, total - k + 1)
     cut = cut_on_cpu(weights, k)
@@ -78,7 +75,7 @@ def kth_smallest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Ten
     """The k-th smallest magnitude (k counts from 1) of all entries, as a 0-dim tensor; no wait for the device."""
     if all(w.device.type == "cpu" for w in weights):
         return torch.tensor(_search(weights, k).threshold)
-    return torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(k).values
+    return kth_smallest(_all_magnitudes(weights), k)
 
 
 class Cut(NamedTuple):
@@ -196,28 +193,29 @@ def _magnitudes(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator
                 yield np.abs(chunk.to(dtype).numpy(), out=scratch[: chunk.numel()])
 
 
-def _magnitude(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    # A comparison of bfloat16 with a float32 number would round the number.
-    return weight.detach().abs().to(like.dtype)
-
-
 def _flat(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().reshape(-1)
 
 
-def _keep_last_ties(
-    weights: Sequence[torch.Tensor], masks: list[torch.Tensor], threshold: torch.Tensor, num_kept: int
-) -> None:
-    """Weights that tie with the threshold are pruned in order of position, so that the last of them are kept.
+def _select_on_accelerator(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch.Tensor]:
+    """The masks in a few calls, however many tensors there are; no number is looked at, and NaN stays where it is."""
+    flat = _all_magnitudes(weights)
+    threshold = kth_smallest(flat, num_pruned)
+    keep, tied = (flat <= threshold).logical_not_(), flat == threshold
+    ranks = tied.cumsum(0)  # the first are pruned, so that all kept ones come after them
+    keep |= tied & (ranks > ranks[-1] + keep.sum() - (flat.numel() - num_pruned))
+    return [part.view(w.shape) for part, w in zip(keep.split([w.numel() for w in weights]), weights, strict=True)]
 
-    No number is looked at: a tie is kept if fewer than `missing` ties come after it.
-    """
-    missing = num_kept - sum(m.sum() for m in masks)
-    for i in reversed(range(len(weights))):
-        tied = _magnitude(weights[i], threshold).flatten() == threshold
-        rank_from_the_end = tied.flip(0).cumsum(0).flip(0)
-        masks[i] = masks[i] | (tied & (rank_from_the_end <= missing)).view(masks[i].shape)
-        missing = (missing - tied.sum()).clamp(min=0)
+
+def _all_magnitudes(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([m.flatten() for m in torch._foreach_abs([w.detach() for w in weights])])
+
+
+def kth_smallest(flat: torch.Tensor, k: int) -> torch.Tensor:
+    """By topk, which shares its work among all of a GPU, where kthvalue runs on one block; the shorter side of both."""
+    if 2 * k <= flat.numel():
+        return flat.topk(k, largest=False, sorted=False).values.max()
+    return flat.topk(flat.numel() - k + 1, sorted=False).values.min()
 
 
 def _keep_largest_sharded(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
@@ -225,9 +223,10 @@ def _keep_largest_sharded(groups: Sequence[Group]) -> list[list[torch.Tensor]]:
     return _masks_of_shards(groups, *_thresholds_of_shards(groups))
 
 
-def _kth_of_shards(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
-    bits, *_ = _thresholds_of_shards([(weights, k)])
-    return bits[0].to(torch.int32).view(torch.float32)
+def kth_largest_of_shards(groups: Sequence[Group]) -> torch.Tensor:
+    """The k-th largest magnitude (k from 1) of each group of sharded weights, (groups,), equal on all ranks."""
+    bits, *_ = _thresholds_of_shards([(weights, sum(w.numel() for w in weights) - k + 1) for weights, k in groups])
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def _thresholds_of_shards(
@@ -245,21 +244,20 @@ def _thresholds_of_shards(
     flat = [(g, w) for g, (weights, _) in enumerate(groups) for w in weights]
     process_group = next(group for _, w in flat if (group := shard_group(w)) is not None)
     device = local(flat[0][1]).device
-    # A plain tensor lies whole on every rank, and is counted on the first.
-    counts_here = [is_sharded(w) or dist.get_rank(process_group) == 0 for _, w in flat]
+    is_counted = counts_here([w for _, w in flat])
     wanted = torch.tensor([num_pruned for _, num_pruned in groups], device=device)
     upper, lower = (torch.zeros(len(groups), size, dtype=torch.int64, device=device) for size in (1 << 15, 1 << 16))
-    for (g, weight), counts in zip(flat, counts_here, strict=True):
+    for (g, weight), counts in zip(flat, is_counted, strict=True):
         for bits in _bits(weight) if counts else ():
             upper[g].scatter_add_(0, bits >> 16, torch.ones_like(bits))
     dist.all_reduce(upper, group=process_group)
     bucket, wanted = _bin_of(upper, wanted)
-    for (g, weight), counts in zip(flat, counts_here, strict=True):
+    for (g, weight), counts in zip(flat, is_counted, strict=True):
         for bits in _bits(weight) if counts else ():
             lower[g].scatter_add_(0, bits & 0xFFFF, (bits >> 16 == bucket[g]).long())
     dist.all_reduce(lower, group=process_group)
     value, pruned_ties = _bin_of(lower, wanted)
-    return (bucket << 16) | value, pruned_ties, process_group, counts_here
+    return (bucket << 16) | value, pruned_ties, process_group, is_counted
 
 
 def _bin_of(histograms: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,11 +273,11 @@ def _masks_of_shards(
     thresholds: torch.Tensor,
     pruned_ties: torch.Tensor,
     process_group: dist.ProcessGroup,
-    counts_here: Sequence[bool],
+    is_counted: Sequence[bool],
 ) -> list[list[torch.Tensor]]:
     flat = [(g, w) for g, (weights, _) in enumerate(groups) for w in weights]
     tied = [torch.cat([b == thresholds[g] for b in _bits(w)] or [_nothing(w)]) for g, w in flat]
-    here = torch.stack([t.sum() * counts for t, counts in zip(tied, counts_here, strict=True)])
+    here = torch.stack([t.sum() * counts for t, counts in zip(tied, is_counted, strict=True)])
     ranks = dist.get_world_size(process_group)
     everywhere = torch.empty(ranks * len(flat), dtype=here.dtype, device=here.device)
     dist.all_gather_into_tensor(everywhere, here, group=process_group)

@@ -61,10 +61,10 @@ def test_the_form_without_branches_gives_the_same_masks(weights, share):
     num_pruned = round(share * total)
     if not 0 < num_pruned < total:
         return
-    threshold = kth_smallest_magnitude(weights, num_pruned)
-    masks = [w.abs().to(threshold.dtype) > threshold for w in weights]
-    selection._keep_last_ties(weights, masks, threshold, total - num_pruned)
+    masks = selection._select_on_accelerator(weights, num_pruned)
     assert all(torch.equal(m, o) for m, o in zip(masks, oracle(weights, num_pruned), strict=True))
+    threshold = selection.kth_smallest(selection._all_magnitudes(weights), num_pruned)
+    assert threshold == kth_smallest_magnitude(weights, num_pruned)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.9, 0.999])

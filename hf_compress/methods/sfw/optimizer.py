@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ...distributed import is_sharded, local
-from .constraints import Constraint, parse_constraint
+from .constraints import parse_constraint
 
 RESCALES = ("none", "diameter", "gradient", "fast_gradient")
 FREE = ("sgd", "adamw")
@@ -102,7 +102,11 @@ class SFW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gaps = [gap for group in self.param_groups if (gap := self._step_group(group)) is not None]
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights and group["constraint"] is None:
+                (_step_sgd if group["free"] == "sgd" else _step_adamw)(group, weights, self.state)
+        gaps = [gap for groups in self._bundles() if (gap := self._step_balls(groups)) is not None]
         self.gap = torch.stack([gap.to(gaps[0].device) for gap in gaps]).sum() if gaps else None
         return loss
 
@@ -115,26 +119,34 @@ class SFW(torch.optim.Optimizer):
         """
         return [g["constraint"].shrink_(g["params"]) for g in self.param_groups if g["constraint"] is not None]
 
-    def _step_group(self, group: dict[str, Any]) -> torch.Tensor | None:
-        weights = [p for p in group["params"] if p.grad is not None]
-        if not weights:
-            return None
-        if group["constraint"] is None:
-            (_step_sgd if group["free"] == "sgd" else _step_adamw)(group, weights, self.state)
-            return None
+    def _bundles(self) -> Iterable[list[dict[str, Any]]]:
+        """Groups with a region and a gradient, several together where their regions can be and their settings agree."""
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for i, group in enumerate(self.param_groups):
+            if group["constraint"] is not None and any(p.grad is not None for p in group["params"]):
+                kind = group["constraint"].kind_together(group["params"])
+                settings = [group[name] for name in ("lr", "momentum", "dampening", "rescale")]
+                found.setdefault(i if kind is None else (*kind, *settings), []).append(group)
+        return found.values()
+
+    def _step_balls(self, groups: list[dict[str, Any]]) -> torch.Tensor | None:
         # In a ball of several a weight without gradient counts as one with a gradient of zero.
-        weights = group["params"]
-        directions = [self._direction(group, p) for p in weights]
-        constraint: Constraint = group["constraint"]
-        oracle = constraint.oracle(directions, [self.state[p] for p in weights])
+        weights = [p for group in groups for p in group["params"]]
+        directions = [[self._direction(group, p) for p in group["params"]] for group in groups]
+        balls = [group["constraint"] for group in groups]
+        if len(groups) == 1:
+            oracle = balls[0].oracle(directions[0], [self.state[p] for p in weights])
+        else:
+            oracle = balls[0].oracle_together(balls, directions)
+        radii = [ball.radius_of(group["params"]) for ball, group in zip(balls, groups, strict=True)]
         is_valid = oracle.is_valid
-        share = (_factor(group, oracle, weights) * group["lr"]).nan_to_num(0).clamp(0, 1) * is_valid
+        share = (_factor(groups, oracle, weights, radii) * groups[0]["lr"]).nan_to_num(0).clamp(0, 1) * is_valid
         gap = None
         if self.tracks_gap:
-            gap = torch.where(is_valid, oracle.inner(weights) + constraint.radius_of(weights) * oracle.dual, 0)
-        for i, weight in enumerate(weights):
-            oracle.move_(weight, i, share.to(weight.device))
-        self._empty_unless(is_valid, weights)
+            gap = torch.where(is_valid, oracle.inner(weights) + _numbers(radii, weights) * oracle.dual, 0).sum()
+        oracle.move_all_(weights, share)
+        for group, is_lost in zip(groups, is_valid.logical_not().view(-1).unbind(), strict=True):
+            self._empty_where(is_lost, group["params"])
         return gap
 
     def _direction(self, group: dict[str, Any], parameter: torch.Tensor) -> Any:
@@ -154,14 +166,14 @@ class SFW(torch.optim.Optimizer):
                 buffer.mul_(group["momentum"]).add_(here, alpha=1 - group["dampening"])
         return state["momentum_buffer"]
 
-    def _empty_unless(self, is_valid: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    def _empty_where(self, is_lost: torch.Tensor, weights: list[torch.Tensor]) -> None:
         """What is not finite would stay in the momentum for ever."""
-        if is_valid.device.type == "cpu" and is_valid:
+        if is_lost.device.type == "cpu" and not is_lost:
             return
         for weight in weights:
             buffer = self.state[weight].get("momentum_buffer")
             if buffer is not None:
-                local(buffer).masked_fill_(is_valid.to(local(buffer).device).logical_not(), 0)
+                local(buffer).masked_fill_(is_lost.to(local(buffer).device), 0)
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; regions are there as text."""
@@ -188,14 +200,24 @@ class SFW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def _factor(group: dict[str, Any], oracle: Any, weights: Any) -> torch.Tensor:
-    """By what the learning rate is multiplied."""
-    mode, constraint = group["rescale"], group["constraint"]
-    diameter = constraint.radius_of(weights) * constraint.diameter_of_unit_ball(weights)
+def _factor(groups: list[dict[str, Any]], oracle: Any, weights: Any, radii: list[float]) -> torch.Tensor:
+    """By what the learning rate is multiplied; 0-dim for a single group."""
+    mode = groups[0]["rescale"]
+    pairs = zip(groups, radii, strict=True)
+    diameters = [radius * group["constraint"].diameter_of_unit_ball(group["params"]) for group, radius in pairs]
     if mode in ("none", "diameter"):
-        factor = 1 if mode == "none" else 1 / diameter
-        return torch.full((), factor, dtype=torch.float64, device=local(weights[0]).device)
-    return oracle.norm() / (diameter / 2 if mode == "fast_gradient" else oracle.squared_distance(weights).sqrt())
+        return _numbers([1 if mode == "none" else 1 / diameter for diameter in diameters], weights)
+    if mode == "fast_gradient":
+        return oracle.norm() / (_numbers(diameters, weights) / 2)
+    return oracle.norm() / oracle.squared_distance(weights).sqrt()
+
+
+def _numbers(values: list[float], weights: Any) -> torch.Tensor:
+    """On the device of the weights, in float64; 0-dim for a single one."""
+    device = local(weights[0]).device
+    if len(values) == 1:
+        return torch.full((), values[0], dtype=torch.float64, device=device)
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -70,6 +70,25 @@ def test_no_number_is_asked_of_an_accelerator(region, rescale):
     assert sfw.gap.device.type == "meta"
 
 
+@pytest.mark.parametrize("region", ["k_sparse", "k_support"])
+def test_calls_to_an_accelerator_grow_by_a_few_for_each_weight(region):
+    """Every call starts a kernel: momentum, threshold, and what clears a momentum that is lost; the rest is common."""
+
+    def calls(layers):
+        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(layers)]).to("meta")
+        sfw = create_sfw(model, f"{region}(k=0.1, radius=init:10)", lr=1e-3, shrink=False)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            with Watch() as watch:
+                sfw.step()
+        views = {"view", "_unsafe_view", "detach", "expand", "split", "slice", "unbind", "alias", "select", "device"}
+        return len([name for name in watch.names if name not in views])
+
+    assert calls(40) - calls(20) <= 20 * 5
+    assert calls(20) <= 20 * 5 + 80
+
+
 def test_a_number_that_is_asked_for_is_an_error():
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(torch.empty((), device="meta"))

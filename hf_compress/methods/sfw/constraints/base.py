@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,11 @@ class Oracle(ABC):
         elif not self.is_valid:
             return
         part.lerp_(vertex.to(part.dtype), share.to(part.dtype))
+
+    def move_all_(self, weights: Tensors, share: torch.Tensor) -> None:
+        """`move_` for all weights."""
+        for index, weight in enumerate(weights):
+            self.move_(weight, index, share.to(local(weight).device))
 
     def norm(self) -> torch.Tensor:
         """The Euclidean norm of the directions, a 0-dim float64 tensor."""
@@ -135,6 +140,15 @@ class Constraint(ABC):
             memory: for each tensor a dictionary of tensors that a region may keep from step to step, the optimizer's
                 state; without it the answer depends on the directions alone.
         """
+
+    def kind_together(self, weights: Tensors) -> tuple[Hashable, ...] | None:
+        """What regions must have in common to be answered together; None where each is answered by itself."""
+        return None
+
+    @classmethod
+    def oracle_together(cls, balls: Sequence[Constraint], groups: Sequence[Tensors]) -> Oracle:
+        """One oracle for several regions of one kind, its numbers (regions,); see `kind_together`."""
+        raise TypeError(f"{cls.name} is answered by itself")
 
     @abstractmethod
     def gauge(self, weights: Tensors) -> torch.Tensor:

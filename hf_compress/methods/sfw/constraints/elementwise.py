@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ....distributed import gathered, is_sharded, local, sharded_like, sum_over_shards
+from ....distributed import gathered, is_sharded, local, shard_group, sharded_like, sum_over_shards
 from ....selection import Cut, cut_on_cpu, kth_largest_magnitude
 from .base import Constraint, Oracle, Tensors, check_k, count_of
-from .chunks import chunks, pieces, square_sum, square_sums, squared_norm, summed, wide
+from .chunks import chunks, pieces, square_sums, squared_norm, summed, wide
+from .together import TogetherOracle
 
 # From a part of the direction, in float32 or float64, to the same part of the vertex, written to the second tensor; the
 # number is the position of the first entry among those of all directions on this rank.
@@ -215,6 +216,18 @@ class KSparsePolytope(Constraint):
     def oracle(self, directions: Tensors, memory: Sequence[dict[str, Any]] | None = None) -> Oracle:
         return _largest_entries(directions, self.count(directions), self.radius_of(directions), is_polytope=True)
 
+    def kind_together(self, weights: Tensors) -> tuple[Hashable, ...] | None:
+        shared = next(filter(is_sharded, weights), weights[0])
+        if local(shared).device.type == "cpu" and not is_sharded(shared):
+            return None  # where a call costs less than what leaves the cache
+        return type(self), local(shared).device, shared.dtype, shard_group(shared)
+
+    @classmethod
+    def oracle_together(cls, balls: Sequence[Constraint], groups: Sequence[Tensors]) -> Oracle:
+        pairs = [(ball, group) for ball, group in zip(balls, groups, strict=True) if isinstance(ball, KSparsePolytope)]
+        counts, radii = [b.count(g) for b, g in pairs], [b.radius_of(g) for b, g in pairs]
+        return TogetherOracle(groups, counts, radii, is_polytope=not issubclass(cls, KSupportBall))
+
     def count(self, tensors: Tensors) -> int:
         """K for these tensors."""
         self.check(tensors)
@@ -282,29 +295,7 @@ def _largest_entries(directions: Tensors, k: int, radius: float, is_polytope: bo
         cut = cut_on_cpu(directions, k)
         if cut is not None and len({g.dtype for g in directions}) == 1:
             return LargestEntriesOracle(directions, cut, k, radius, is_polytope)
-    threshold = kth_largest_magnitude(directions, k).double()
-    stats = sum_over_shards([summed(_stats(x, threshold) for x in pieces(g)) for g in directions], directions)
-    num_above, num_tied, total, squares = stats
-    missing = k - num_above
-    dual = total + missing * threshold if is_polytope else (squares + missing * threshold**2).sqrt()
-    weight_of_ties = missing / num_tied
-
-    def rule(g: torch.Tensor, out: torch.Tensor, _: int) -> torch.Tensor:
-        level = threshold.to(g.dtype)
-        magnitude = g.abs()
-        weights = out.copy_(magnitude > level)
-        weights += (magnitude == level) * weight_of_ties.to(g.dtype)
-        return weights.mul_(g.sign() if is_polytope else g / dual.to(g.dtype)).mul_(-radius)
-
-    return ElementwiseOracle(directions, dual, rule)
-
-
-def _stats(g: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """How many entries lie above and at the threshold, and the sum and the squares of those above."""
-    magnitude, level = g.abs(), threshold.to(g.dtype)
-    above = torch.where(magnitude > level, magnitude, 0)
-    tied = (magnitude == level).sum(dtype=torch.float64)
-    return torch.stack([(above > 0).sum(dtype=torch.float64), tied, above.sum(dtype=torch.float64), square_sum(above)])
+    return TogetherOracle([directions], [k], [radius], is_polytope, is_single=True)
 
 
 def _excess_over(magnitudes: torch.Tensor, radius: float) -> torch.Tensor:

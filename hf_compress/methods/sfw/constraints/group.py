@@ -214,7 +214,7 @@ def _parse(name: str, numbers: Numbers, meaning: str, example: str, smallest: in
 
 def _largest(squares: torch.Tensor, k: int) -> torch.Tensor:
     """1 for the K largest, 0 for the others; those that tie for the last places share them."""
-    level = squares.kthvalue(squares.numel() - k + 1).values
+    level = squares.topk(k, sorted=False).values.min()
     if squares.device.type == "cpu" and int((is_kept := squares >= level).sum()) == k:
         return is_kept.double()
     above, tied = squares > level, squares == level
