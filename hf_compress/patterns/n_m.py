@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -20,6 +20,7 @@ from .base import Pattern, check_progress
 
 _BYTES = np.uint32(0x01010101)
 _LANES = {1: np.uint32(0x00010101), 2: np.uint32(0x00000101), 3: np.uint32(0x00000001)}  # with a partner in the group
+_MOST_TOGETHER = 1 << 28  # entries whose masks are made at once on an accelerator: a GiB in float32
 _FORMS = '"N:M" with 1 <= N < M, such as 2:4'
 
 
@@ -68,7 +69,15 @@ class NM(Pattern):
         return None
 
     def select(self, weights: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        return {name: self._mask(target) for name, target in weights.items()}
+        found: dict[str, torch.Tensor] = {}
+        for names in _together([n for n, t in weights.items() if self._is_whole_elsewhere(t)], weights):
+            given = [(weights[n].parameter.detach(), weights[n].reduction_dim) for n in names]
+            found |= zip(names, keep_in_all(given, self.n, self.m), strict=True)
+        return {name: found[name] if name in found else self._mask(target) for name, target in weights.items()}
+
+    def _is_whole_elsewhere(self, target: Target) -> bool:
+        is_elsewhere = target.parameter.device.type != "cpu"
+        return is_elsewhere and not self.skip_reason(target) and not is_sharded(target.parameter)
 
     def _mask(self, target: Target) -> torch.Tensor:
         weight, dim = target.parameter.detach(), target.reduction_dim
@@ -95,6 +104,29 @@ def keep_by_counting(weight: torch.Tensor, dim: int, n: int, m: int) -> torch.Te
         goes_before[..., j] += lower_first
         goes_before[..., i] += ~lower_first
     return (goes_before >= m - n).flatten(-2).movedim(-1, dim)
+
+
+def _together(names: Iterable[str], weights: Mapping[str, Target]) -> list[list[str]]:
+    """Neighbours on one device, up to a size that leaves room for the model."""
+    batches: list[list[str]] = []
+    left, device = 0, None
+    for name in names:
+        weight = weights[name].parameter
+        if weight.device != device or weight.numel() > left:
+            batches.append([])
+            left, device = _MOST_TOGETHER, weight.device
+        batches[-1].append(name)
+        left -= weight.numel()
+    return batches
+
+
+def keep_in_all(weights: Sequence[tuple[torch.Tensor, int]], n: int, m: int) -> list[torch.Tensor]:
+    """`keep_by_counting` of all weights at once, each with its dimension: as many calls as for one of them."""
+    turned = [weight.movedim(dim, -1) for weight, dim in weights]
+    groups = torch.cat([t.reshape(-1, m) for t in turned])
+    parts = keep_by_counting(groups, 1, n, m).reshape(-1).split([t.numel() for t in turned])
+    pairs = zip(parts, turned, weights, strict=True)
+    return [part.view(t.shape).movedim(-1, dim) for part, t, (_, dim) in pairs]
 
 
 def _keep_in_chunks(weight: torch.Tensor, dim: int, n: int, m: int) -> torch.Tensor:

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_compress as hfc
+from hf_compress.patterns import n_m
 from hf_compress.patterns.base import count_pruned
 from hf_compress.targets import Target
+from tests.methods.watch import Watch
 from tests.test_selection import oracle
 
 SHARES = st.one_of(
@@ -91,8 +93,6 @@ def test_wrong_texts_name_what_is_allowed(text):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (3, 5), (1, 300)])
 def test_chunks_on_the_cpu_give_the_mask_of_counting(layout, n, m, monkeypatch):
     """For every layout in memory, with ties, over several chunks."""
-    from hf_compress.patterns import n_m
-
     monkeypatch.setattr(n_m, "CHUNK", 64 * m)
     generator = torch.Generator().manual_seed(m)
     shape, dim = {"linear": ((33, 2 * m), 1), "conv1d": ((4 * m, 19), 0), "1x1": ((9, 2 * m, 1, 1), 1)}.get(
@@ -219,3 +219,28 @@ def test_nan_is_named_and_nothing_changes(text):
 def test_integer_weights_are_refused():
     with pytest.raises(ValueError, match=r"'w' has dtype torch\.int8"):
         hfc.NM(2, 4).masks({"w": torch.ones(4, 4, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3)])
+def test_n_of_m_of_all_weights_at_once_is_that_of_each(n, m):
+    """The path of accelerators: one set of calls for weights of any shape, type and reduction axis."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((2 * m, 5), 0), ((3, 4 * m), 1), ((2, m, 3, 3), 1), ((m,), 0)]
+    weights = [((4 * torch.randn(shape, generator=generator)).round(), dim) for shape, dim in shapes]
+    weights[1] = weights[1][0].bfloat16(), 1
+    weights[2] = weights[2][0].contiguous(memory_format=torch.channels_last), 1
+    found = n_m.keep_in_all(weights, n, m)
+    for mask, (weight, dim) in zip(found, weights, strict=True):
+        assert mask.shape == weight.shape
+        assert torch.equal(mask, n_m.keep_by_counting(weight, dim, n, m))
+
+
+def test_n_of_m_takes_as_many_calls_for_many_weights_as_for_one():
+    def calls(count):
+        weights = {str(i): Target(torch.empty(8, 8, device="meta"), 1, "linear") for i in range(count)}
+        with Watch() as watch:
+            masks = n_m.NM(2, 4).select(weights)
+        assert {mask.shape for mask in masks.values()} == {(8, 8)}
+        return sum(name in ("le", "add_", "ge", "bitwise_not") for name in watch.names)
+
+    assert calls(1) == calls(9) > 0
