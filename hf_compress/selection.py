@@ -19,7 +19,8 @@ from .distributed import counts_here, is_sharded, local, shard_group, sharded_li
 CHUNK = 1 << 17  # elements: half a MiB of float32, so that all work on a chunk stays in the cache
 _MOST_SAMPLES, _LEAST_SAMPLES = 1 << 16, 512
 _CONFIDENCE = 3.0  # standard deviations of the sample quantile; one miss in 400 costs one more pass, never exactness
-
+# Ranks and indices take 12 bytes an entry there; what is larger is cut once, where a wait costs little.
+_MOST_ON_ACCELERATOR = 1 << 31
 
 Group = tuple[Sequence[torch.Tensor], int]  # weights that are compared with each other, and how many to prune or keep
 
@@ -51,9 +52,9 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
         return _keep_largest_sharded([(weights, num_pruned)])[0]
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
-    if all(w.device.type == "cpu" for w in weights):
-        flat = _select_on_cpu(weights, num_pruned)
-        return [torch.from_numpy(mask).view(w.shape) for mask, w in zip(flat, weights, strict=True)]
+    if all(w.device.type == "cpu" for w in weights) or total > _MOST_ON_ACCELERATOR:
+        flat = _select_on_cpu([w.detach().cpu() for w in weights], num_pruned)
+        return [torch.from_numpy(mask).view(w.shape).to(w.device) for mask, w in zip(flat, weights, strict=True)]
     return _select_on_accelerator(weights, num_pruned)
 
 

@@ -101,3 +101,12 @@ def test_infinity_is_the_largest():
 def test_a_count_out_of_range(count):
     with pytest.raises(ValueError, match=f"cannot prune {count} of 4"):
         keep_largest([torch.ones(4)], count)
+
+
+def test_what_is_too_large_for_an_accelerator_is_cut_on_the_cpu(monkeypatch):
+    """Tensors of the meta device have no numbers that could be brought."""
+    weights = [torch.empty(10, device="meta")]
+    assert keep_largest(weights, 3)[0].device.type == "meta"
+    monkeypatch.setattr(selection, "_MOST_ON_ACCELERATOR", 5)
+    with pytest.raises(NotImplementedError, match="meta"):
+        keep_largest(weights, 3)

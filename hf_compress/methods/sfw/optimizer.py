@@ -22,6 +22,7 @@ from torch.optim.sgd import sgd
 
 from ...distributed import is_sharded, local
 from .constraints import parse_constraint
+from .constraints.chunks import numbers_on
 
 RESCALES = ("none", "diameter", "gradient", "fast_gradient")
 FREE = ("sgd", "adamw")
@@ -217,7 +218,7 @@ def _numbers(values: list[float], weights: Any) -> torch.Tensor:
     device = local(weights[0]).device
     if len(values) == 1:
         return torch.full((), values[0], dtype=torch.float64, device=device)
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    return numbers_on(device, values)
 
 
 def _check(group: dict[str, Any]) -> None:

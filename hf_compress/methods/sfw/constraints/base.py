@@ -28,7 +28,7 @@ class Oracle(ABC):
 
     Attributes:
         directions: that it answers.
-        dual: their dual norm, a 0-dim float64 tensor.
+        dual: their dual norm, a 0-dim float64 tensor; as all numbers (regions,) where several are answered together.
     """
 
     directions: Tensors

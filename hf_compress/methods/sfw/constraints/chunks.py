@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,11 @@ _BLOCK = 1024
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float64 if it is so, in float32 otherwise."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+
+def numbers_on(device: torch.device, values: Sequence[float]) -> torch.Tensor:
+    """Numbers as a float64 tensor on a device, which is not waited for."""
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from ....distributed import counts_here, is_sharded, local, sharded_like, sum_over_shards
 from ....selection import kth_largest_of_shards, kth_smallest
 from .base import Oracle, Tensors
-from .chunks import wide
+from .chunks import numbers_on, wide
 
 
 class TogetherOracle(Oracle):
@@ -47,7 +47,7 @@ class TogetherOracle(Oracle):
         self._shared = next(filter(is_sharded, self.directions), self.directions[0])
         self._counts_here = counts_here(self.directions)
         self.entries = self._flat(self.directions)
-        self._radii = self._numbers(radii)
+        self._radii = numbers_on(self.entries.device, radii)
         magnitudes = self.entries.abs()
         thresholds = self._thresholds(groups, magnitudes, counts)
         level = self._spread(thresholds)
@@ -57,7 +57,7 @@ class TogetherOracle(Oracle):
         num_above, num_tied, norm, whole = self._norms(
             (self._above, 1), (self._tied, 1), (tops, 1 + (not is_polytope)), (self.entries, 2)
         )
-        missing, smallest = self._numbers(counts) - num_above, thresholds.double()
+        missing, smallest = numbers_on(self.entries.device, counts) - num_above, thresholds.double()
         dual = norm + missing * smallest if is_polytope else (norm + missing * smallest.square()).sqrt()
         self._share_of_ties = missing / num_tied
         self._squares = whole
@@ -127,9 +127,6 @@ class TogetherOracle(Oracle):
 
     def _flat(self, tensors: Tensors) -> torch.Tensor:
         return torch.cat([wide(local(t)).reshape(-1) for t in tensors])
-
-    def _numbers(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(self.entries.device, non_blocking=True)
 
     def _given(self, values: torch.Tensor) -> torch.Tensor:
         return values[0] if self.is_single else values
