@@ -53,7 +53,6 @@ JOBS = (
     Job("slider_statistics", ("slider_statistics",), CIFAR + "slider_statistics.json", 5),
     Job("todays_tools", ("todays_tools",), "--data {cifar10} --checkpoint start={resnet20_jpeg} "
         "--output {results}/todays_tools.json", 23),
-    Job("cifar10_sfw", ("cifar10_sfw",), CIFAR + "cifar10_sfw.json --runs {runs}/cifar10_sfw_runs", 196),
     Job("cifar10_tpp", ("cifar10_tpp",), CIFAR + "cifar10_tpp.json --runs {runs}/cifar10_tpp_runs", 94),
     Job("cifar10_lilnetx", ("cifar10_lilnetx",), CIFAR + "cifar10_lilnetx.json --runs {runs}/cifar10_lilnetx_runs", 17),
     Job("minilm_squad", ("minilm_squad",), QA + "minilm_squad_runs --output {results}/minilm_squad.json", 180),

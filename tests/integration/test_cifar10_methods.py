@@ -16,6 +16,14 @@ RESULT = json.loads((BENCHMARKS / "results" / "cifar10_resnet20.json").read_text
 PLAN = yaml.safe_load((BENCHMARKS / "plans" / "cifar10_resnet20.yaml").read_text())
 SINGLE_WEIGHTS = [p for p in PLAN["variants"] if p.startswith("unstructured") or p in ("2:4", "4:8")]
 
+REGIONS = {
+    "K-sparse": "k_sparse",
+    "K-sparse with SFW-Init": "k_sparse_init",
+    "K-support": "k_support",
+    "group-K-support": "group",
+    "spectral K-support": "spectral",
+}
+
 
 @pytest.fixture
 def tables(monkeypatch):
@@ -32,6 +40,25 @@ def test_every_arm_that_is_there_has_all_seeds_and_the_figure_has_all_its_arms()
     assert {len(RESULT["seeds"][arm]) for arm in RESULT["mean"]} == {len(PLAN["seeds"])}
     assert set(PLAN["figure"]["arms"]) <= set(RESULT["mean"])
     assert {len(tried) for tried in RESULT["tuning"].values()} == {4}
+
+
+def test_numbers_of_sfw_are_those_of_the_result(tables):
+    body = (ROOT / "README.md").read_text().split("| region, ResNet-20 | one-shot |")[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in body.splitlines()[2:]]
+    assert {row[0] for row in rows} == set(REGIONS)
+    for region, pattern, *cells in rows:
+        assert cells == tables.beside(RESULT, REGIONS[region], "sgd", pattern)
+
+
+def test_where_sfw_gains_from_trained_weights(tables):
+    """More accurate when dense, behind where single weights are cut, level or ahead where most filters or ranks go."""
+    for arm in ("k_sparse", "k_support"):
+        assert tables.verdict(RESULT, arm, "sgd", "dense") == "yes"
+        assert all(tables.verdict(RESULT, arm, "sgd", f"unstructured:{s}") == "no" for s in (0.9, 0.95))
+    assert tables.verdict(RESULT, "group", "sgd", "low_rank:0.75") == "yes"
+    assert tables.verdict(RESULT, "group", "sgd", "filters:0.7") == "within the spread"
+    for pattern in (p for p in PLAN["variants"] if p.startswith("unstructured")):
+        assert tables.verdict(RESULT, "k_sparse_init", "k_sparse", pattern) == "within the spread"
 
 
 def test_sgd_pays_dense_for_what_it_keeps():

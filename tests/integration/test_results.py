@@ -77,16 +77,6 @@ def test_question_answering_meets_its_bars():
         assert f"{mean[arm]['dense'] - mean['adamw']['dense']:+.1f} dense" in recipe
 
 
-# What a row of a table of SFW is called, its arm in the result, and the arm that it is compared with.
-SFW_ARMS = {
-    "K-sparse": ("k_sparse", "sgd_for_sparse"),
-    "K-sparse, by diameter": ("k_sparse_by_diameter", "sgd_for_sparse"),
-    "K-sparse with SFW-Init": ("k_sparse_with_init", "sgd_for_sparse"),
-    "group-K-support": ("group", "sgd_for_filters"),
-    "spectral K-support": ("spectral", "sgd_for_rank"),
-}
-
-
 def test_the_rank_correlation_in_the_readme_is_that_of_the_result():
     result = result_of("report_ranking")
     means = [net["mean"][result["score_of_the_report"]] for net in result["nets"].values()]
@@ -157,21 +147,6 @@ def test_costs_of_selection_are_those_of_the_result():
     ]
     assert min(copies) >= 2.5  # "3 to 4 times as long as a copy"
     assert max(copies) <= 4.5
-
-
-def test_numbers_of_sfw_on_cifar10_are_those_of_the_result():
-    result = result_of("cifar10_sfw")
-    table = README.split("| region, ResNet-20 | one-shot |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| (.*) \| (dense|\S+:\S+) \| (.*) \|$", table, re.M)
-    assert [(title, pattern) for title, pattern, _ in rows] == [
-        (title, pattern) for title, (ours, _) in SFW_ARMS.items() for pattern in result["minus_sgd"][ours]
-    ]
-    for title, pattern, cells in rows:
-        ours, sgd = ([row["accuracy"][pattern] for row in result["runs"][arm]] for arm in SFW_ARMS[title])
-        wanted = [f"{result['mean'][arm][pattern]['mean']:.1f}" for arm in SFW_ARMS[title]]
-        by_seed = result["minus_sgd"][SFW_ARMS[title][0]][pattern]["by_seed"]
-        assert by_seed == pytest.approx([a - b for a, b in zip(ours, sgd, strict=True)], abs=1e-3)
-        assert cells.split(" | ") == [*wanted, ", ".join(f"{d:+.1f}" for d in by_seed)]
 
 
 def test_the_speed_of_answers_is_that_of_the_result():
