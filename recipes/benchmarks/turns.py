@@ -17,8 +17,9 @@ def in_turns(
     warm_up: int = 2,
     repeats: Mapping[str, int] | None = None,
     before: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.process_time,
 ) -> Seconds:
-    """Processor seconds of every form in every round; the order turns round from one to the next.
+    """Seconds of every form in every round; the order turns round from one to the next.
 
     Args:
         forms: what to call.
@@ -26,6 +27,7 @@ def in_turns(
         warm_up: rounds before them.
         repeats: how often a form is called in a round, 1 by default; seconds are of one call.
         before: called at the start of every round, not timed.
+        clock: seconds, of the processor by default.
     """
     seconds: Seconds = {name: [] for name in forms}
     for i in range(rounds + warm_up):
@@ -33,11 +35,11 @@ def in_turns(
             before()
         for name in forms if i % 2 else reversed(list(forms)):
             count = (repeats or {}).get(name, 1)
-            start = time.process_time()
+            start = clock()
             for _ in range(count):
                 forms[name]()
             if i >= warm_up:
-                seconds[name].append((time.process_time() - start) / count)
+                seconds[name].append((clock() - start) / count)
     return seconds
 
 
