@@ -84,9 +84,12 @@ def new_figure(width: float, height: float, lines: int = 1, columns: int = 1) ->
 
 
 def save(figure: Any, stem: Path) -> None:
+    from matplotlib import rc_context
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(stem.with_suffix(".png"), dpi=140, metadata={"Software": None})
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    with rc_context({"svg.hashsalt": stem.name}):  # names inside the file are drawn at random otherwise
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def points_of(result: dict[str, Any], arm: str) -> dict[str, list[tuple[Any, list[float]]]]:

@@ -143,8 +143,8 @@ def test_plots_come_from_the_summary_alone(killed_and_resumed, tmp_path):
         assert (folder / "summary").with_suffix(suffix).stat().st_size > 10_000
     (tmp_path / "summary.json").write_text((folder / "summary.json").read_text())
     run("digits", tmp_path, "--plot")
-    assert (tmp_path / "summary.png").is_file()
-    assert (tmp_path / "summary_figure.png").is_file()
+    for picture in ("summary.png", "summary.svg", "summary_figure.png", "summary_figure.svg"):
+        assert (tmp_path / picture).read_bytes() == (folder / picture).read_bytes()
     assert (tmp_path / "summary.md").read_text() == (folder / "summary.md").read_text()
     assert not (tmp_path / "runs").exists()
 

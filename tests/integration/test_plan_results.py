@@ -80,11 +80,14 @@ def test_recipes_train_as_the_plan_with_what_was_chosen(name, arm, monkeypatch):
     """Clipping, for one, decides whether the net of LilNetX is any good."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     plan = yaml.safe_load((BENCHMARKS / "plans" / f"{name}.yaml").read_text())
-    of_arm, runs = plan["arms"][arm], RESULTS / f"{name}_runs"
+    of_arm, runs = {"shares": {}, **plan["arms"][arm]}, RESULTS / f"{name}_runs"
     chosen = importlib.import_module("evidence").chosen(plan, runs) if runs.is_dir() else result_of(name)["chosen"]
     recipe = yaml.safe_load((ROOT / f"recipes/image-classification/{of_arm['recipe']}.yaml").read_text())
     defaults = {f.name: f.default for f in fields(METHODS[recipe["method"]].config_class)}
-    expected = {**plan["training"], **of_arm["flags"], **chosen[arm]}
+    shares = {name: round(share * plan["epochs"] * plan["steps_per_epoch"]) for name, share in of_arm["shares"].items()}
+    if recipe.get("dense_epochs"):  # which the plan has not, so that the other steps differ
+        shares = {}
+    expected = {**plan["training"], **of_arm["flags"], **shares, **chosen.get(arm, {})}
     if recipe["method"] == "sfw":  # which is the optimizer
         expected = {name: value for name, value in expected.items() if not name.startswith("optim")}
     expected.pop("trainability_samples", None)  # what is logged

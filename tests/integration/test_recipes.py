@@ -37,11 +37,13 @@ LIGHT = {
     "imagenet_resnet50_sfw_spectral": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_vit_sfw": ["--model_name_or_path", "VIT"],
     "cifar10_resnet20_tpp": ["--dense_epochs", "1"],
+    "cifar10_resnet20_tpp_tune": ["--model_name_or_path", "RESNET20"],
     "cifar10_resnet56_tpp": ["--model_args", '{"depth": 8}', "--dense_epochs", "1"],
     "imagenet_resnet34_tpp": ["--model_name_or_path", "RESNET34"],
     "imagenet_resnet50_tpp": ["--model_name_or_path", "RESNET50"],
     "imagenet_vit_tpp": ["--model_name_or_path", "VIT"],
     "cifar10_resnet20_lilnetx": ["--model_args", '{"depth": 8}'],
+    "cifar10_resnet20_lilnetx_tune": ["--model_name_or_path", "RESNET20"],
     "imagenet_resnet18_lilnetx": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
     "imagenet_resnet50_lilnetx": ["--model_args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'],
 }
