@@ -131,3 +131,21 @@ def test_lilnetx_writes_smaller_files():
         if "unstructured:0.8+int8" in forms
     ]
     assert coded[0] / min(cut) == pytest.approx(0.5, abs=0.05)
+
+
+def test_what_training_adds_to_a_cut_that_looks_at_data():
+    rows = json.loads((BENCHMARKS / "results" / "todays_tools.json").read_text())["checkpoints"]["start"]["rows"]
+    by_data = {
+        row["how"]: row["recalibrated"] for row in rows if row["how"].startswith("SparseGPT") and "error" not in row
+    }
+    nm, *shares = (
+        (mean(arm, pattern), by_data[f"SparseGPTModifier, {how}, as matrices"])
+        for arm, pattern, how in (
+            ("cram_nm", "2:4", "2:4"),
+            ("cram_multi", "unstructured:0.8", "0.8"),
+            ("cram_multi", "unstructured:0.9", "0.9"),
+        )
+    )
+    assert f"leave {nm[0]:.1f} at 2:4 where SparseGPT leaves {nm[1]:.1f}" in README
+    assert "{:.1f} at 80 % ({:.1f}) and {:.1f} at 90 % ({:.1f})".format(*shares[0], *shares[1]) in README
+    assert all(ours > theirs for ours, theirs in (nm, *shares))
