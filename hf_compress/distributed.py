@@ -71,7 +71,7 @@ def dealt_like(whole: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """A tensor that every rank has whole, dealt as `reference` is."""
     if not isinstance(reference, DTensor):
         return whole
-    return distribute_tensor(whole, reference.device_mesh, reference.placements)
+    return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None)  # nothing is sent
 
 
 def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:

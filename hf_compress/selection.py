@@ -19,8 +19,8 @@ from .distributed import counts_here, is_sharded, local, shard_group, sharded_li
 CHUNK = 1 << 17  # elements: half a MiB of float32, so that all work on a chunk stays in the cache
 _MOST_SAMPLES, _LEAST_SAMPLES = 1 << 16, 512
 _CONFIDENCE = 3.0  # standard deviations of the sample quantile; one miss in 400 costs one more pass, never exactness
-# Ranks and indices take 12 bytes an entry there; what is larger is cut once, where a wait costs little.
-_MOST_ON_ACCELERATOR = 1 << 31
+# Ranks are int32 there, and take 4 bytes an entry; what is larger is cut once, where a wait costs little.
+_MOST_ON_ACCELERATOR = (1 << 31) - 1
 
 Group = tuple[Sequence[torch.Tensor], int]  # weights that are compared with each other, and how many to prune or keep
 
@@ -36,7 +36,7 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
     """Masks that prune the `num_pruned` entries of smallest magnitude of all tensors together.
 
     Args:
-        weights: floating-point tensors of any shape on one device; DTensors give DTensors, the same as one process.
+        weights: floating-point tensors of any shape, also of several devices; DTensors give DTensors, as one process.
         num_pruned: between 0 and the number of all entries.
 
     Returns:
@@ -52,10 +52,16 @@ def keep_largest(weights: Sequence[torch.Tensor], num_pruned: int) -> list[torch
         return _keep_largest_sharded([(weights, num_pruned)])[0]
     if num_pruned in (0, total):
         return [torch.full_like(w, num_pruned == 0, dtype=torch.bool) for w in weights]
-    if all(w.device.type == "cpu" for w in weights) or total > _MOST_ON_ACCELERATOR:
+    if _is_for_the_cpu(weights, total):
         flat = _select_on_cpu([w.detach().cpu() for w in weights], num_pruned)
         return [torch.from_numpy(mask).view(w.shape).to(w.device) for mask, w in zip(flat, weights, strict=True)]
     return _select_on_accelerator(weights, num_pruned)
+
+
+def _is_for_the_cpu(weights: Sequence[torch.Tensor], total: int) -> bool:
+    """Weights that lie there, on several devices, or are too many for the memory of one."""
+    devices = {w.device for w in weights}
+    return devices == {torch.device("cpu")} or len(devices) > 1 or total > _MOST_ON_ACCELERATOR
 
 
 def kth_largest_magnitude(weights: Sequence[torch.Tensor], k: int) -> torch.Tensor:
@@ -203,7 +209,7 @@ def _select_on_accelerator(weights: Sequence[torch.Tensor], num_pruned: int) -> 
     flat = _all_magnitudes(weights)
     threshold = kth_smallest(flat, num_pruned)
     keep, tied = (flat <= threshold).logical_not_(), flat == threshold
-    ranks = tied.cumsum(0)  # the first are pruned, so that all kept ones come after them
+    ranks = tied.cumsum(0, dtype=torch.int32)  # the first are pruned, so that all kept ones come after them
     keep |= tied & (ranks > ranks[-1] + keep.sum() - (flat.numel() - num_pruned))
     return [part.view(w.shape) for part, w in zip(keep.split([w.numel() for w in weights]), weights, strict=True)]
 
@@ -246,7 +252,7 @@ def _thresholds_of_shards(
     process_group = next(group for _, w in flat if (group := shard_group(w)) is not None)
     device = local(flat[0][1]).device
     is_counted = counts_here([w for _, w in flat])
-    wanted = torch.tensor([num_pruned for _, num_pruned in groups], device=device)
+    wanted = torch.tensor([num_pruned for _, num_pruned in groups]).to(device, non_blocking=True)
     upper, lower = (torch.zeros(len(groups), size, dtype=torch.int64, device=device) for size in (1 << 15, 1 << 16))
     for (g, weight), counts in zip(flat, is_counted, strict=True):
         for bits in _bits(weight) if counts else ():

@@ -175,7 +175,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMix
     @torch.no_grad()
     def _loss_is_divided_by_items(self, batch: Any) -> bool:
         """Whether twice the items halve the loss; tried in eval mode, which draws no random number."""
-        model = self.model_wrapped
+        model = self.model if self.args.n_gpu > 1 else self.model_wrapped  # DataParallel deals no 0-dim tensors
         modes = {module: module.training for module in model.modules()}
         model.eval()
         losses: list[Any] = []

@@ -245,11 +245,24 @@ def _zeros(model: nn.Module, lines: Lines, parts: Sequence[str] = ("outputs", "n
                 parameter.index_copy_(dim, at.to(parameter.device), values)
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products in float32, as kernels for other widths may round TF32 differently; the settings come back."""
+    cudnn: Any = torch.backends.cudnn
+    places: Any = (torch.backends.cuda.matmul, cudnn.conv)
+    kept = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, kept, strict=True):
+            place.fp32_precision = precision
+
+
 @torch.no_grad()
 def _output(model: nn.Module, inputs: Any) -> torch.Tensor:
-    cudnn: Any = torch.backends.cudnn
-    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with cudnn.flags(**kept, allow_tf32=False):  # of which kernels for other widths may differ
+    with _without_tf32():
         output: Any = call(model, inputs)
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values() if isinstance(output, Mapping) else output))

@@ -274,6 +274,7 @@ class _Ascent:
             if self.cram.mask_gradient:
                 self._mask_gradients(masks)
         reshard(self.cram.model)
+        torch.clear_autocast_cache()  # of copies in half precision, where one autocast stands around both passes
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -302,6 +303,7 @@ class _Ascent:
         self.aside = []
         come_back(self.saved)
         reshard(self.cram.model)
+        torch.clear_autocast_cache()
         for parameter, gradient in zip(self.parameters, self.unchanged, strict=False):
             _gradient(parameter).copy_(gradient)
 

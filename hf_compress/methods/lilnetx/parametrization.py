@@ -213,7 +213,7 @@ def reparametrize(
 
     Raises:
         ValueError: for a wrong option, a model without targets, one that has latents already, or weights that are in
-            half precision, not finite, or dealt to several processes.
+            half precision, not finite, dealt to several processes, or on several devices with shared decoders.
     """
     _check_options(init, decoders, steps_per_std, boundary, linear_slice)
     model = unwrap(model)
@@ -221,7 +221,7 @@ def reparametrize(
         raise ValueError("this model has latents already; bake it first")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     targets = {n: t for n, t in find_targets(model, include, exclude).items() if uses[id(t.parameter)] == 1}
-    _check(targets)
+    _check(targets, decoders)
     made: dict[str, Decoder] = {}
     for name, (group, row) in _groups_of(targets, linear_slice, decoders, init).items():
         path, target, weight = name.rpartition(".")[0], targets[name], targets[name].parameter
@@ -253,22 +253,21 @@ def _check_options(init: str, decoders: str, steps_per_std: float, boundary: flo
         raise ValueError(f"linear_slice must be a whole number from 1 to 64, got {linear_slice!r}")
 
 
-def _check(targets: dict[str, Target]) -> None:
+def _check(targets: dict[str, Target], decoders: str) -> None:
     if not targets:
         raise ValueError(
             "the model has no weights to code (Linear, ConvNd, Conv1D); name some by globs, as in include=['*head*']"
         )
+    devices = sorted({str(target.parameter.device) for target in targets.values()})
+    if len(devices) > 1 and decoders == "kind":
+        raise ValueError(f"layers on {', '.join(devices)} cannot share a decoder; decoders='layer' gives each its own")
     for name, target in targets.items():
         weight = target.parameter
         if weight.dtype.itemsize < 4:
-            raise ValueError(
-                f"{name} is {weight.dtype}, in which latents would not move; load the model with dtype=torch.float32, "
-                "and use mixed precision"
-            )
+            how = "load the model with dtype=torch.float32, and use mixed precision"
+            raise ValueError(f"{name} is {weight.dtype}, in which latents would not move; {how}")
         if is_sharded(weight):
-            raise ValueError(
-                f"{name} is dealt to several processes, which cuts its slices; use DistributedDataParallel"
-            )
+            raise ValueError(f"{name} is dealt to several processes, which cuts its slices; train with DDP")
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name} has a NaN or infinite entry; load weights that are finite")
 

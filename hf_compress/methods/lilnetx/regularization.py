@@ -87,13 +87,18 @@ class Regularization(TrainerCallback):
         self._numbers["bits"] = bits
 
     def _weigh(self, step: int, task: torch.Tensor, rate: torch.Tensor) -> None:
-        """Averages of both norms over the first epoch, and the weight that follows from them, where none is given."""
-        seen = min(step, max(self._epoch_steps, 1))
+        """Averages of both norms over the first epoch, and the weight that follows from them, where none is given.
+
+        A step that overflows in half precision counts for neither, so that their ratio is that of the others.
+        """
+        seen, is_counted = min(step, max(self._epoch_steps, 1)), task.isfinite() & rate.isfinite()
         for name, value in (("task_norm", task), ("rate_norm", rate)):
-            self._numbers[name] = self._numbers[name] + (value - self._numbers[name]) / (seen + 1)
-        if self.args.rate_weight is None and step in (0, self._epoch_steps):
+            ahead = torch.where(is_counted, value - self._numbers[name], 0)
+            self._numbers[name] = self._numbers[name] + ahead / (seen + 1)
+        if self.args.rate_weight is None and step <= self._epoch_steps:
             ratio = self._numbers["task_norm"] / self._numbers["rate_norm"].clamp_min(1e-30)
-            self._numbers["rate_weight"] = self.args.rate_ratio * ratio
+            is_due = self.rate_weight == 0 if step < self._epoch_steps else torch.ones_like(ratio, dtype=torch.bool)
+            self._numbers["rate_weight"] = torch.where(is_due, self.args.rate_ratio * ratio, self.rate_weight)
 
     def _add_priors(self, layer: Layer, count: int) -> None:
         latent: Any = layer.latent

@@ -83,7 +83,7 @@ class LilNetXMixin(CompressionMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        with self._plain_in_place():
+        with self._in_place_of_the_model(self._plain()):
             super()._save(output_dir)
         tensors = {n: t.detach().cpu().contiguous() for n, t in self._named_state()}
         save_file(tensors, str(Path(output_dir or str(self.args.output_dir)) / LATENTS))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from ...distributed import mean_over_ranks
@@ -53,7 +54,7 @@ def sfw_init(
     start = {name: p.detach().clone() for name, p in weights.items()}
     scales = torch.ones(len(weights), dtype=torch.float64)
     moments = torch.zeros(2, len(weights), dtype=torch.float64)
-    with _measuring(model):
+    with _measuring(model), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for step in range(1, steps + 1):
             try:
                 b0, b1, b2 = next(batches), next(batches), next(batches)

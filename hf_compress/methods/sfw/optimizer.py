@@ -199,6 +199,9 @@ class SFW(torch.optim.Optimizer):
                 )
             state_dict["param_groups"][i] = {**saved, "constraint": own["constraint"]}
         super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:  # which torch leaves where it was saved
+                state["step"] = state["step"].to(parameter.device)
 
 
 def _factor(groups: list[dict[str, Any]], oracle: Any, weights: Any, radii: list[float]) -> torch.Tensor:
@@ -232,6 +235,11 @@ def _check(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {group[name]!r}")
     if group["constraint"] is not None and group["rescale"] == "none" and float(group["lr"]) > 1:
         raise ValueError(f"with rescale='none', lr is a share of the way to a vertex, at most 1; got {group['lr']}")
+    devices = {str(parameter.device) for parameter in group["params"]}
+    if group["constraint"] is not None and len(devices) > 1:
+        raise ValueError(
+            f"the weights of one region lie on {', '.join(sorted(devices))}; scope='tensor' has one for each"
+        )
     for parameter in group["params"]:
         if not parameter.is_floating_point():
             raise ValueError(f"a parameter has dtype {parameter.dtype}; SFW needs floating-point weights")
@@ -249,7 +257,8 @@ def _step_sgd(group: dict[str, Any], weights: list[torch.Tensor], state: Any) ->
         dampening=group["dampening"],
         nesterov=False,
         maximize=False,
-        fused=all(p.device.type in ("cpu", "cuda") and not is_sharded(p) for p in weights),
+        fused=len({b is None for b in buffers}) == 1  # of weights with their first gradient beside others
+        and all(p.device.type in ("cpu", "cuda") and not is_sharded(p) for p in weights),
     )
     for parameter, buffer in zip(weights, buffers, strict=True):
         if group["momentum"]:
