@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,11 +36,12 @@ class CompressedEvaluationMixin(_TrainerBase):
     args: Any
     model: Any
     train_dataset: Any
+    _cutting_flags: ClassVar[tuple[str, ...]] = ("eval_patterns", "variants")  # which hold patterns
     _score_compressed: Callable[[], dict[str, float]] | None = None
 
     def _check_cuts(self) -> None:
         """ValueError where a pattern could not be evaluated or cut, before anything is trained."""
-        targets = self._targets() if self.args.eval_patterns or self.args.variants else {}
+        targets = self._targets() if any(getattr(self.args, flag) for flag in self._cutting_flags) else {}
         if self.args.eval_patterns:
             is_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
             if self.is_deepspeed_enabled or is_fsdp1 or getattr(self.model, "is_quantized", False):
@@ -50,15 +51,9 @@ class CompressedEvaluationMixin(_TrainerBase):
                 )
             if not targets:
                 raise ValueError(f"eval_patterns has nothing to compress: {type(self.model).__name__} has no target")
-        for flag in ("eval_patterns", "variants"):
+        for flag in self._cutting_flags:
             for pattern in parse_patterns(getattr(self.args, flag) or []):
-                for part in getattr(pattern, "parts", (pattern,)):
-                    reasons = [part.skip_reason(target) for target in targets.values()]
-                    if reasons and all(reasons):
-                        raise ValueError(
-                            f"{flag} has {pattern}, and {part} leaves all {len(reasons)} targets of this model dense: "
-                            f"the first, because {reasons[0]}; leave it out"
-                        )
+                pattern.check(targets, flag)
 
     def evaluate(
         self,

@@ -85,6 +85,9 @@ def compress(
             The model is then unchanged.
     """
     pattern = parse_pattern(pattern)
+    if not isinstance(model, nn.Module):
+        how = "load it with from_pretrained, or run `hf-compress compress` on its path"
+        raise ValueError(f"a model is compressed, got {model!r:.80}: {how}")
     if remove and not isinstance(pattern, (LowRank, Grouped)):
         raise ValueError(
             "remove=True changes shapes, which low_rank:SHARE, filters:SHARE, neurons:SHARE and heads:SHARE can; "

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
 
 from .checkpoints import is_whole, last_checkpoint
 from .compressed_evaluation import CompressedEvaluationMixin, check_eval_patterns
@@ -24,11 +23,10 @@ from .distributed import run_on_main
 from .family import Family, Variant, build_family
 from .family.storage import check_storage
 from .fused_sgd import FusedSGDMixin
+from .loss_scaling import LossScalingMixin
 from .patterns import Pattern, parse_patterns
 from .targets import find_targets
 from .training_data import TrainingBatches, generators_kept
-
-logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -100,7 +98,7 @@ class CompressionArguments(TrainingArguments):
         self.eval_patterns = checked if self.eval_patterns is not None else None
 
 
-class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMixin, _TrainerBase):
+class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScalingMixin, FusedSGDMixin, _TrainerBase):
     """Goes before a `Trainer` class. Methods derive from it and set `method` and `config_class`."""
 
     method: ClassVar[str]
@@ -110,8 +108,14 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMix
     model: Any
     optimizer: Any
     train_dataset: Any
-    _loss_scaling_is_unknown = True
     _family: Family | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = [each.__name__ for each in cls.__mro__]
+        mixin = next((name for name in names[1:] if name.endswith("Mixin")), names[0])
+        if "Trainer" in names[: names.index("CompressionMixin")]:  # whose methods would hide all of the mixin's
+            raise TypeError(f"{cls.__name__}: {mixin} goes before the Trainer, as in class Mine({mixin}, Trainer)")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -154,41 +158,6 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, FusedSGDMix
 
     def _last_checkpoint(self) -> str | None:
         return last_checkpoint(self.args.output_dir, self.args.world_size)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of an accumulation window, and by how many items their loss is divided."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self._loss_scaling_is_unknown and batches:
-            self._loss_scaling_is_unknown = False
-            believes = num_items is not None and self.compute_loss_func is None
-            if believes and self.args.check_loss_scaling and not self._loss_is_divided_by_items(batches[0]):
-                if self.args.gradient_accumulation_steps * self.args.world_size > 1:
-                    logger.warning(
-                        f"The loss of {type(self.accelerator.unwrap_model(self.model)).__name__} ignores "
-                        "num_items_in_batch: the Trainer would multiply it by the accumulation steps and by the number "
-                        "of processes. It is corrected; --no_check_loss_scaling leaves it as it is."
-                    )
-                self.model_accepts_loss_kwargs = False
-                num_items = None
-        return batches, num_items
-
-    @torch.no_grad()
-    def _loss_is_divided_by_items(self, batch: Any) -> bool:
-        """Whether twice the items halve the loss; tried in eval mode, which draws no random number."""
-        model = self.model if self.args.n_gpu > 1 else self.model_wrapped  # DataParallel deals no 0-dim tensors
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        losses: list[Any] = []
-        try:
-            for count in (1.0, 2.0):
-                items = torch.tensor(count, device=self.args.device)
-                with self.compute_loss_context_manager(), self._unrecorded():
-                    losses.append(self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=items))
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        one, two = losses
-        return bool((one - 2 * two).abs() <= 1e-3 * one.abs() + 1e-6)
 
     def build_family(
         self,

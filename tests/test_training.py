@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from torch.utils.data import IterableDataset
 
 import hf_compress as hfc
@@ -130,3 +131,10 @@ def test_sgd_is_fused_as_adamw_is(tmp_path):
     assert (kind, options["momentum"]) == (torch.optim.SGD, 0.9)
     adamw = make(tmp_path / "adamw", max_steps=1)
     assert adamw.create_optimizer().defaults["fused"] is True  # the default of the Trainer
+
+
+def test_a_mixin_behind_the_trainer_is_refused():
+    """Its methods would be hidden, and the training plain."""
+    with pytest.raises(TypeError, match=r"Wrong: CrAMMixin goes before the Trainer, as in class Mine\(CrAMMixin"):
+        type("Wrong", (transformers.Trainer, hfc.CrAMMixin), {})
+    assert type("Right", (hfc.CrAMMixin, transformers.Trainer), {}).method == "cram"

@@ -78,10 +78,12 @@ def compress(argv: Sequence[str]) -> None:
         print(f"saved {args.output_dir}: plain tensors{needs_us}")
         return
     for name, reason in report.skipped.items():
-        print(f"left dense: {name}, {reason}")
+        zeros = report.layers[name].sparsity if name in report.layers else 0.0
+        print(f"{f'{100 * zeros:.0f} % zeros' if zeros else 'left dense'}: {name}, {reason}")
     share = f"{100 * report.sparsity:.1f} % zeros in {len(report.layers)} weights"
     if report.parameters_removed:
-        share = f"{report.parameters_removed} parameters removed"
+        rest = f", {share}" if report.sparsity else ""
+        share = f"{report.parameters_removed} parameters removed{rest}"
     print(f"saved {args.output_dir}: {report.pattern}, {share}, {format_size(disk_bytes(target)[0])}{needs_us}")
 
 
@@ -120,7 +122,13 @@ def _write_one(
             remove = args.remove or changes_shapes(pattern, storage=args.storage)
             pack = None if remove else _statistics(model, args)
             report = compress_model(model, pattern, args.include, args.exclude, remove, args.multiple_of)
-            if problem := renew_(model, pattern, pack, (args.include, args.exclude)):
+            if remove and batch_norm_statistics(model):
+                print(
+                    explained(
+                        "batch norms keep the statistics of the dense weights: none are stored for smaller layers"
+                    )
+                )
+            elif problem := renew_(model, pattern, pack, (args.include, args.exclude)):
                 print(explained(problem))
         _fold_and_round(model, args)
         save_checkpoint(model, processing_class, partial, pattern, args.include, args.exclude, args.storage)

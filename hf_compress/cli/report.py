@@ -21,6 +21,7 @@ from .table import render
 _WORST = 8
 _NAME = 46  # characters of a layer's name
 _WIDTH = 110
+_SENSITIVITY = "Sensitivity: by how much the outputs of a layer change (root mean square) for inputs of length 1."
 
 
 def report(argv: Sequence[str]) -> None:
@@ -129,7 +130,7 @@ def _text(found: CheckpointReport) -> str:
     ]
     rows = _layer_rows(found)
     if len(rows) > 1:
-        lines += ["", f"Most sensitive to {found.reference}, without data:", "", *_table(rows)]
+        lines += ["", f"Most sensitive to {found.reference}, without data:", "", *_table(rows), "", _SENSITIVITY]
     if found.collapsed:
         names = ", ".join(_short(name) for name in found.collapsed[:3]) + (", ..." if len(found.collapsed) > 3 else "")
         count = f"{len(found.collapsed)} layer{'s' if len(found.collapsed) > 1 else ''}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser, set_seed
 
 from ..callbacks import SparsityLock
+from ..family.manifest import MANIFEST
 from ..methods.registry import METHODS, Method
 from ..training import changed_arguments
 from .recipes import ABOUT, nearest, packaged, read_recipe
@@ -25,6 +27,10 @@ TASKS = {
     "question-answering": ("question_answering", "QuestionAnsweringArguments"),
     "supervised-finetuning": ("supervised_finetuning", "SupervisedFinetuningArguments"),
 }
+
+# A pretrained model takes the place of the new one of a recipe, and the other way round.
+_OF_NEW_MODELS = ("architecture", "model_args", "image_size")
+_REPLACES = {"model_name_or_path": _OF_NEW_MODELS, "architecture": ("model_name_or_path",)}
 
 
 @dataclasses.dataclass
@@ -66,14 +72,16 @@ def train(argv: Sequence[str]) -> None:
     has_variants = bool(run.args.variants) or run.method.mixin_class.makes_variant
     if run.args.push_to_hub and not has_variants:
         raise ValueError("--push_to_hub publishes the family: say with --variants which patterns to cut, such as 2:4")
-    check_output(Path(run.args.output_dir))
-    set_seed(run.args.seed)
-    trainer: Any = run.method.trainer_class(args=run.args, **run.task.prepare(run.task_args))
+    with _output(Path(run.args.output_dir)):
+        set_seed(run.args.seed)
+        trainer: Any = run.method.trainer_class(args=run.args, **_prepared(run))
     if run.command.lock_zeros:
         trainer.add_callback(SparsityLock(run.args.include, run.args.exclude))
     if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
         print(f"{run.method.name} on {processes} process{'es' if processes > 1 else ''}", flush=True)
+        if has_variants and ((family := Path(run.args.output_dir) / "_family") / MANIFEST).is_file():
+            print(f"at the end a new family takes the place of the one in {family}", flush=True)
     resume = run.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
@@ -168,6 +176,10 @@ def _take(argv: list[str], flag: str) -> str | None:
     return None
 
 
+def _is_given(flag: str, words: Sequence[str]) -> bool:
+    return any(word.split("=", 1)[0] == f"--{flag}" for word in words)
+
+
 class _RecipeParser(HfArgumentParser):
     """Flags as transformers parses them, with defaults from a recipe."""
 
@@ -176,7 +188,8 @@ class _RecipeParser(HfArgumentParser):
 
     def parse_with_recipe(self, recipe: dict[str, Any], flags: list[str]) -> tuple[Any, ...]:
         """One instance of each dataclass: flags win over the recipe, the recipe over defaults."""
-        values = {k: v for k, v in recipe.items() if k not in (*ABOUT, "method", "task")}
+        replaced = {old for flag, names in _REPLACES.items() if _is_given(flag, flags) for old in names}
+        values = {k: v for k, v in recipe.items() if k not in (*ABOUT, "method", "task", *replaced)}
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         known = [f.name for kind in self.dataclass_types for f in dataclasses.fields(kind) if f.init]
         for key in values:
@@ -192,7 +205,9 @@ class _RecipeParser(HfArgumentParser):
         if unknown:
             _check_order(unknown)
             word = unknown[0].lstrip("-").split("=")[0]
-            raise ValueError(f"no flag {unknown[0]!r}{nearest(word, known)}")
+            others = [n for n, m in METHODS.items() if word in (f.name for f in dataclasses.fields(m.config_class))]
+            hint = f"; it is one of {', '.join(others)}" if others else nearest(word, known)
+            raise ValueError(f"no flag {unknown[0]!r}{hint}")
         return tuple(parsed)
 
     def error(self, message: str) -> Any:
@@ -249,8 +264,34 @@ def _quoted(value: Any) -> str:
     return f'; YAML reads a bare {meant} as {value}: write "{meant}"'
 
 
+def _prepared(run: Run) -> dict[str, Any]:
+    """Model and data; what is no folder here is asked of the Hub, whose errors do not say so."""
+    try:
+        prepared: dict[str, Any] = run.task.prepare(run.task_args)
+    except OSError as error:
+        names = [getattr(run.task_args, flag, None) for flag in ("model_name_or_path", "dataset_name")]
+        if not (absent := [name for name in names if name and "/" in name and not Path(name).exists()]):
+            raise
+        raise ValueError(f"there is no {' and no '.join(absent)} here, and as a Hub id: {error}") from error
+    return prepared
+
+
+@contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    """An output folder that cannot be written fails now, not after the training; what fails leaves no empty one."""
+    is_new = not folder.exists()
+    check_output(folder)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
+        raise
+
+
 def check_output(folder: Path) -> None:
-    """An output folder that cannot be written fails now, not after the training."""
+    """ValueError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -71,6 +72,16 @@ class Pattern(ABC):
         found = {name: self.skip_reason(as_target(weight)) for name, weight in weights.items()}
         return {name: reason for name, reason in found.items() if reason}
 
+    def check(self, targets: Mapping[str, Target], flag: str) -> None:
+        """ValueError, with the name of the flag that gave this pattern, where it leaves all targets dense."""
+        for part in getattr(self, "parts", (self,)):
+            reasons = [part.skip_reason(target) for target in targets.values()]
+            if reasons and all(reasons):
+                raise ValueError(
+                    f"{flag} has {self}, and {part} leaves all {len(reasons)} targets of this model dense: the first, "
+                    f"because {reasons[0]}; leave it out"
+                )
+
     def partway(self, progress: float) -> Pattern | None:
         """The pattern on the way from dense weights to this one, for schedules.
 
@@ -130,7 +141,14 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         pattern = kind.parse(text.strip())
         if pattern is not None:
             return pattern
-    raise ValueError(f"{text!r} is no pattern; allowed: {forms}")
+    raise ValueError(f"{text!r} is no pattern{_meant(text, forms)}; allowed: {forms}")
+
+
+def _meant(text: str, forms: str) -> str:
+    """A hint for a mistyped kind."""
+    word = re.split(r"[:;,=]", text.strip())[0]
+    kinds = re.findall(r'"([a-z_]{4,}):', forms)
+    return "".join(f'; did you mean "{kind}:..."?' for kind in difflib.get_close_matches(word, kinds, n=1, cutoff=0.7))
 
 
 def parse_patterns(patterns: str | Pattern | Iterable[str | Pattern]) -> list[Pattern]:

@@ -155,7 +155,8 @@ def _on_hub(name: str, revision: str | None) -> Files:
             found = cached_file(name, file, revision=revision, **options)
         except (OSError, ValueError) as error:
             note = f"{file} of {name} (pickled weights are not read)" if is_needed else name
-            raise ValueError(f"cannot find {note}: {one_line(error)}") from error
+            where = "there is no such folder here, and as a Hub id: "
+            raise ValueError(f"cannot find {note}: {where}{one_line(error)}") from error
         return Path(found) if found else None
 
     def need(file: str) -> Path:
@@ -216,7 +217,8 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
         return
     method, form = quantization.get("quant_method"), quantization.get("format")
     if (method, form) != ("compressed-tensors", "int-quantized"):
+        what = "smaller layers, factors or codes" if method == "hf_compress" else "packed codes"
         raise ValueError(
-            f"{checkpoint.source} is stored by {method}{f' ({form})' if form else ''}, whose packed codes have no "
-            "magnitudes to compare; report the checkpoint that it was made from"
+            f"{checkpoint.source} is stored by {method}{f' ({form})' if form else ''} as {what}, whose magnitudes "
+            "compare with nothing; report the dense checkpoint that it was made from (`dense` of its family)"
         )

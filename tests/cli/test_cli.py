@@ -148,11 +148,18 @@ def test_flags_and_recipes_override_the_flags_of_the_task(tmp_path, capsys):
         (["--rho", "1", "--config"], "--config needs a value"),
         (["digits_cram", "--architecture", "resnet_x"], "neither a model of timm"),
         (["digits_cram", "--include", "*attention*"], "include='*attention*' matches no weight"),
+        (["digits_cram", "--patterns", "unstructred:0.5"], '; did you mean "unstructured:..."?; allowed: '),
+        (["digits_cram", "--patterns", "filter:0.5"], '; did you mean "filters:..."?; allowed: '),
+        (["digits_cram", "--patterns", "heads:0.5"], "patterns has heads:0.5, and heads:0.5 leaves all 7 targets"),
+        (["digits_cram", "--constraint", "l1"], "no flag '--constraint'; it is one of sfw"),
+        (["digits_cram", "--model_name_or_path", "no/model"], "there is no no/model here, and as a Hub id: "),
+        (["digits_cram", "--dataset_name", "no/data"], "there is no no/data here, and as a Hub id: "),
     ],
 )
 def test_mistakes_are_explained(tmp_path, capsys, argv, message):
     flags = ["--output_dir", str(tmp_path / "out"), "--use_cpu"] if argv[:1] == ["digits_cram"] else []
     assert message in failure(capsys, "train", *argv, *flags)
+    assert not list(tmp_path.iterdir())  # no empty folder either
 
 
 @pytest.mark.parametrize(
@@ -253,3 +260,13 @@ def test_python_m_and_passive_threads(monkeypatch, capsys):
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
     done = subprocess.run([sys.executable, "-m", "hf_compress", "recipes"], capture_output=True, text=True, check=True)
     assert "digits_cram" in done.stdout
+
+
+def test_a_pretrained_model_takes_the_place_of_the_architecture_of_a_recipe(tmp_path):
+    from hf_compress.cli.train import parse
+
+    flags = ["--output_dir", str(tmp_path), "--use_cpu"]
+    task = parse(["digits_cram", "--model_name_or_path", "mine", *flags]).task_args
+    assert (task.model_name_or_path, task.architecture, task.model_args) == ("mine", None, None)
+    task = parse(["cifar10_resnet20_cram_tune", "--architecture", "resnet56_cifar", *flags]).task_args
+    assert (task.model_name_or_path, task.architecture) == (None, "resnet56_cifar")

@@ -48,6 +48,7 @@ ORDER = [
     ("compressed_evaluation", 7),
     ("distillation", 7),
     ("fused_sgd", 7),
+    ("loss_scaling", 7),
     ("training", 7),
     ("callbacks", 7),
     ("methods.*.config", 7),

@@ -122,7 +122,7 @@ def test_lilnetx_writes_smaller_files():
 
     coded, gradual = file("lilnetx", "lilnetx"), file("gradual_90", "int8")
     assert f"LilNetX writes {coded[0]:.0f} kB at {coded[1]:.1f} points" in README
-    assert f"gradual pruning at 90 % behind int8 ({gradual[0]:.0f} kB, {gradual[1]:.1f})" in README
+    assert f"gradual pruning at 90 % followed by int8 ({gradual[0]:.0f} kB, {gradual[1]:.1f})" in README
     assert coded[0] < gradual[0]
     assert coded[1] > gradual[1]
     cut = [

@@ -66,7 +66,8 @@ class CrAM(torch.optim.Optimizer):
         num_steps: steps taken so far; the next draw depends on it.
 
     Raises:
-        ValueError: for a wrong pattern, glob or rho, or a model in which no target is trained.
+        ValueError: for a wrong pattern, glob or rho, a pattern that leaves the model dense, or a model in which no
+            target is trained.
 
     Source: Peste et al., ICLR 2023, arXiv:2207.14200. Defaults are those of the published ImageNet runs.
     """
@@ -101,6 +102,8 @@ class CrAM(torch.optim.Optimizer):
                 f"no weight of {type(self.model).__name__} that a pattern may touch is trained "
                 f"({len(targets)} are frozen); unfreeze some, or choose others with include and exclude"
             )
+        for pattern in self.patterns:
+            pattern.check(targets, "patterns")
         # Sharding replaces parameters after this, so that only names are kept.
         nothing = torch.empty(0)
         self._targets = {name: replace(t, parameter=nothing, bias=None) for name, t in targets.items()}
@@ -268,7 +271,9 @@ class _Ascent:
             try:
                 masks = pattern.compress_({n: wide[n] if n in wide else in_float[n] for n in self.targets})
             except ValueError as error:
-                raise ValueError(f"{error} (at w + rho * gradient: is the gradient of this step finite?)") from error
+                if all(bool(_gradient(p).isfinite().all()) for p in self.parameters):
+                    raise
+                raise ValueError(f"{error} (at w + rho * gradient, and the gradient of this step is not)") from error
             for name, target in in_half.items():
                 target.parameter.copy_(wide[name].parameter)
             if self.cram.mask_gradient:

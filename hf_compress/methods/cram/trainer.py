@@ -23,6 +23,7 @@ class CrAMMixin(CompressionMixin):
 
     method = "cram"
     config_class = CrAMConfig
+    _cutting_flags = ("eval_patterns", "variants", "patterns")
     _window: list[Any]
     _compressed_loss: torch.Tensor | None = None
     _num_second_sweeps = 0
