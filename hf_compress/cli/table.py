@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..family import Family, Variant
 from ..family.table import main_metric, table_rows
+from ..loading.statistics import STATISTICS
 
 
 class VariantPrinter:
@@ -32,6 +33,9 @@ class VariantPrinter:
         """The table, and where everything lies."""
         if self.is_talking:
             print("\n" + render(family))
+            if names := _above_dense(family):
+                why = "whose batch norms are as trained, while variants have theirs computed anew behind the cut"
+                print(f"\nnote: {', '.join(names)} above dense, {why}; longer trainings differ little")
             plot = family.folder / "plots" / "sparsity.png"
             print(f"\nfamily    {_relative(family.folder)}")
             print(f"manifest  {_relative(family.folder / 'family.json')}")
@@ -44,6 +48,16 @@ class VariantPrinter:
                 print("Every variant loads with transformers after `import hf_compress`")
             else:
                 print(f"After `import hf_compress` transformers loads {', '.join(needing)}, and the others without it")
+
+
+def _above_dense(family: Family) -> list[str]:
+    """Variants that score clearly higher than the dense checkpoint of a model with batch norms."""
+    metric = main_metric(family.dense.metrics)
+    dense = family.dense.metrics.get(metric) if metric else None
+    if dense is None or not any(name.endswith(STATISTICS) for name in family.files):
+        return []
+    scores = {str(v.pattern): v.metrics.get(str(metric)) for v in family.variants}
+    return [name for name, score in scores.items() if score is not None and score > dense + 0.02 * abs(dense)]
 
 
 def render(family: Family) -> str:

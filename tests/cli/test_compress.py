@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import hf_compress as hfc
 from hf_compress.cli import run
+from hf_compress.cli.table import VariantPrinter
 from tests.cli.conftest import failure
 from tests.conftest import image_samples, tiny_resnet, tiny_vit
 
@@ -280,3 +282,13 @@ def test_a_family_is_told_to_be_one(trained_cnn, tmp_path, capsys):
     assert run(["compress", str(tmp_path / "nothing"), *argv]) == 2
     assert "there is no such folder here" in capsys.readouterr().err
     assert hfc.load_family(trained_cnn).folder == trained_cnn / "_family"
+
+
+@pytest.mark.parametrize(("accuracy", "is_noted"), [(0.1, True), (0.9, False)])
+def test_a_variant_above_dense_is_explained(trained_cnn, capsys, accuracy, is_noted):
+    family = hfc.load_family(trained_cnn)
+    dense = replace(family.dense, metrics={"accuracy": accuracy})
+    variants = tuple(replace(variant, metrics={"accuracy": 0.5}) for variant in family.variants)
+    VariantPrinter().finish(replace(family, dense=dense, variants=variants))
+    note = f"note: {', '.join(str(v.pattern) for v in variants)} above dense, whose batch norms are as trained"
+    assert (note in capsys.readouterr().out) == is_noted
