@@ -122,13 +122,10 @@ def _write_one(
             remove = args.remove or changes_shapes(pattern, storage=args.storage)
             pack = None if remove else _statistics(model, args)
             report = compress_model(model, pattern, args.include, args.exclude, remove, args.multiple_of)
-            if remove and batch_norm_statistics(model):
-                print(
-                    explained(
-                        "batch norms keep the statistics of the dense weights: none are stored for smaller layers"
-                    )
-                )
-            elif problem := renew_(model, pattern, pack, (args.include, args.exclude)):
+            problem = renew_(model, pattern, pack, (args.include, args.exclude))
+            if problem and remove:
+                problem = "batch norms keep the statistics of the dense weights: none are stored for smaller layers"
+            if problem:
                 print(explained(problem))
         _fold_and_round(model, args)
         save_checkpoint(model, processing_class, partial, pattern, args.include, args.exclude, args.storage)
