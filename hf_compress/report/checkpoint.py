@@ -217,8 +217,8 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
         return
     method, form = quantization.get("quant_method"), quantization.get("format")
     if (method, form) != ("compressed-tensors", "int-quantized"):
-        what = "smaller layers, factors or codes" if method == "hf_compress" else "packed codes"
+        what = "whose smaller layers, factors or codes" if method == "hf_compress" else "whose packed codes"
         raise ValueError(
-            f"{checkpoint.source} is stored by {method}{f' ({form})' if form else ''} as {what}, whose magnitudes "
-            "compare with nothing; report the dense checkpoint that it was made from (`dense` of its family)"
+            f"{checkpoint.source} is stored by {method}{f' ({form})' if form else ''}, {what} have no "
+            "magnitudes to compare; report the checkpoint that it was made from (`dense` of its family)"
         )

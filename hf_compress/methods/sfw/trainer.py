@@ -101,8 +101,8 @@ class SFWMixin(CompressionMixin):
             smallest, name = min(zip(factors, names, strict=True))
             logger.warning(
                 f"{outside} of {len(factors)} regions did not hold their weights, which were scaled down: the most "
-                f"{name}, to {smallest:.2f} of what it was. That is usual for new weights; where they were trained, a "
-                f"radius {1 / smallest:.1f} times as large holds them all."
+                f"{name}, to {smallest:.2f} of what it was. A radius {1 / smallest:.1f} times as large holds them all, "
+                "which matters for weights that were trained; for new ones shrinking is usual."
             )
 
     def _refuse_what_hides_weights(self) -> None:
