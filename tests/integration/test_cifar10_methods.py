@@ -149,3 +149,25 @@ def test_what_training_adds_to_a_cut_that_looks_at_data():
     assert f"leave {nm[0]:.1f} at 2:4 where SparseGPT leaves {nm[1]:.1f}" in README
     assert "{:.1f} at 80 % ({:.1f}) and {:.1f} at 90 % ({:.1f})".format(*shares[0], *shares[1]) in README
     assert all(ours > theirs for ours, theirs in (nm, *shares))
+
+
+def test_the_radius_trades_accuracy_for_sparsity_as_weight_decay_does():
+    radii = json.loads((BENCHMARKS / "results" / "cifar10_sfw_radii.json").read_text())
+    assert radii["plan"]["task"] == PLAN["task"]
+    shares = ["dense", "unstructured:0.8", "unstructured:0.9", "unstructured:0.95"]
+
+    def points(result, arm):
+        kinds = [result["mean"][arm][p] for p in shares]
+        return [kind.get("recalibrated", kind.get("as_trained"))["mean"] for kind in kinds]
+
+    found = {int(arm.split("_")[1]): points(radii, arm) for arm in radii["mean"]}
+    for radius, row in found.items():
+        assert f"| SFW, radius `weights:{radius}` | {' | '.join(f'{x:.1f}' for x in row)} |" in README
+    for arm, label in (("sgd", "weight decay 0.005, rate 0.1"), ("sgd_dense", "weight decay 0.0005, rate 0.05")):
+        assert f"| SGD, {label} | {' | '.join(f'{x:.1f}' for x in points(RESULT, arm))} |" in README
+        weight_decay, rate = (RESULT["chosen"][arm][name] for name in ("weight_decay", "learning_rate"))
+        assert label == f"weight decay {weight_decay:g}, rate {rate:g}"
+    rows = [found[radius] for radius in sorted(found)]
+    assert len(rows) >= 2
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)  # larger: more accurate when dense,
+    assert [row[3] for row in rows] == sorted((row[3] for row in rows), reverse=True)  # and less so at 95 %
