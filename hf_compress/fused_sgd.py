@@ -39,6 +39,5 @@ def _make_momentum(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
     """Zeros where a weight has none yet: the kernel wants it of all weights, or of none."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
-            state = optimizer.state[parameter] if parameter.grad is not None else {"momentum_buffer": parameter}
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

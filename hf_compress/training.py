@@ -112,9 +112,10 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        names = [each.__name__ for each in cls.__mro__]
-        mixin = next((name for name in names[1:] if name.endswith("Mixin")), names[0])
-        if "Trainer" in names[: names.index("CompressionMixin")]:  # whose methods would hide all of the mixin's
+        before = cls.__mro__[: cls.__mro__.index(CompressionMixin)]
+        # Not by identity, since importing the class is slow. Its methods would hide all of the mixin's.
+        if any((kind.__module__, kind.__name__) == ("transformers.trainer", "Trainer") for kind in before):
+            mixin = next(k.__name__ for k in cls.__mro__ if issubclass(k, CompressionMixin) and "Mixin" in k.__name__)
             raise TypeError(f"{cls.__name__}: {mixin} goes before the Trainer, as in class Mine({mixin}, Trainer)")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -35,7 +35,7 @@ class VariantPrinter:
             print("\n" + render(family))
             if names := _above_dense(family):
                 why = "whose batch norms are as trained, while variants have theirs computed anew behind the cut"
-                print(f"\nnote: {', '.join(names)} above dense, {why}; longer trainings differ little")
+                print(f"\nnote: {', '.join(names)} above dense, {why}")
             plot = family.folder / "plots" / "sparsity.png"
             print(f"\nfamily    {_relative(family.folder)}")
             print(f"manifest  {_relative(family.folder / 'family.json')}")
@@ -51,12 +51,12 @@ class VariantPrinter:
 
 
 def _above_dense(family: Family) -> list[str]:
-    """Variants that score clearly higher than the dense checkpoint of a model with batch norms."""
+    """Variants that were cut from a dense checkpoint with batch norms and score clearly higher than it."""
     metric = main_metric(family.dense.metrics)
     dense = family.dense.metrics.get(metric) if metric else None
     if dense is None or not any(name.endswith(STATISTICS) for name in family.files):
         return []
-    scores = {str(v.pattern): v.metrics.get(str(metric)) for v in family.variants}
+    scores = {str(v.pattern): v.metrics.get(str(metric)) for v in family.variants if v.made_by == "one_shot"}
     return [name for name, score in scores.items() if score is not None and score > dense + 0.02 * abs(dense)]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from sfw_cost import FORMS as REGIONS
+from shapes import SHORT_STEP
 from transformers import BertConfig, BertForSequenceClassification
 from turns import beside, in_turns
 
@@ -26,7 +27,6 @@ from hf_compress.methods.lilnetx.regularization import Regularization
 from hf_compress.methods.sfw import create_sfw
 from hf_compress.methods.tpp import TrainabilityPenalty, select
 
-SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 CRAM = {f"CrAM+ {pattern}": pattern for pattern in ("unstructured:0.9", "unstructured:0.9:layer", "2:4", "4:8")}
 
 
@@ -84,7 +84,7 @@ def measured(net: Net, device: torch.device, rounds: int) -> dict[str, Any]:
         peak = peak_of(step, device)
         found[name] = beside(in_turns({"base": plain, name: step}, rounds, clock=clock_of(device)), "base")[name]
         found[name] |= {"peak_bytes": peak - before} if device.type != "cpu" else {}
-        found[name] |= {"waits": waits(step, device)} if device.type == "cuda" else {}
+        found[name] |= {"waits": waits(step)} if device.type == "cuda" else {}
         print(f"  {name}: {found[name]['ratio_of_minima']:.3f}", flush=True)
     return found
 
@@ -123,9 +123,9 @@ def parts_of(name: str, net: Net, model: Any, inputs: dict[str, torch.Tensor]) -
         before = functools.partial(terms.on_pre_optimizer_step, args, state, None)
     if name.startswith("SFW "):
         region, rescale, scope = REGIONS[name.removeprefix("SFW ")]
-        optimizer: Any = create_sfw(model, region, rescale=rescale, scope=scope, **SGD)
+        optimizer: Any = create_sfw(model, region, rescale=rescale, scope=scope, **SHORT_STEP)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), fused=True, **SGD)
+        optimizer = torch.optim.SGD(model.parameters(), fused=True, **SHORT_STEP)
     if name in CRAM:
         optimizer = CrAM(optimizer, model, [CRAM[name]])
     return SimpleNamespace(optimizer=optimizer, before=before)
@@ -161,7 +161,7 @@ def peak_of(step: Callable[[], None], device: torch.device) -> int:
     return torch.accelerator.max_memory_allocated()
 
 
-def waits(step: Callable[[], None], device: torch.device) -> str:
+def waits(step: Callable[[], None]) -> str:
     """What torch says of the first operation of a step that waits for the device; nothing where none does."""
     torch.cuda.set_sync_debug_mode("error")
     try:

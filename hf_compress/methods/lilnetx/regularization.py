@@ -97,7 +97,7 @@ class Regularization(TrainerCallback):
             self._numbers[name] = self._numbers[name] + ahead / (seen + 1)
         if self.args.rate_weight is None and step <= self._epoch_steps:
             ratio = self._numbers["task_norm"] / self._numbers["rate_norm"].clamp_min(1e-30)
-            is_due = self.rate_weight == 0 if step < self._epoch_steps else torch.ones_like(ratio, dtype=torch.bool)
+            is_due = (self.rate_weight == 0) | (step == self._epoch_steps)
             self._numbers["rate_weight"] = torch.where(is_due, self.args.rate_ratio * ratio, self.rate_weight)
 
     def _add_priors(self, layer: Layer, count: int) -> None:
