@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from hf_compress.codec import CodecError, Latents, decode_all, encode
@@ -33,10 +33,7 @@ def shapes(tensors):
 
 def children():
     """Processes that this one started and that have not ended."""
-    found = []
-    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
+    return [child.pid for child in psutil.Process().children()]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 50])
