@@ -49,7 +49,10 @@ def main() -> None:
         options.output.write_text(json.dumps(summary(plan, options.runs), indent=2) + "\n")
     result = json.loads(options.output.read_text())
     draw(result, options.output.with_suffix(""))
-    options.output.with_suffix(".md").write_text(as_markdown(result))
+    tables = options.output.with_suffix(".md")
+    tables.write_text(as_markdown(result))
+    print(f"\n{as_markdown(result, ('Best of each pattern', 'Claims'))}")
+    print(f"{tables} has all tables, .json, .png and .svg beside it the numbers and pictures")
 
 
 def parsed() -> argparse.Namespace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from evidence_plots import counted_of, label_of
@@ -11,8 +11,8 @@ from evidence_plots import counted_of, label_of
 Numbers = dict[str, Any]
 
 
-def as_markdown(result: Numbers) -> str:
-    """All tables that have rows, each under its heading."""
+def as_markdown(result: Numbers, only: Container[str] | None = None) -> str:
+    """The tables that have rows, all or those of `only`, each under its heading."""
     tables = {
         "Best of each pattern": best(result),
         "Claims": claims(result),
@@ -22,7 +22,8 @@ def as_markdown(result: Numbers) -> str:
         "Settings": settings(result),
         "Tried": tried(result),
     }
-    parts = [f"## {title}\n\n{text}" for title, text in tables.items() if text.count("\n") > 1]
+    shown = {title: text for title, text in tables.items() if only is None or title in only}
+    parts = [f"## {title}\n\n{text}" for title, text in shown.items() if text.count("\n") > 1]
     return "\n\n".join([f"# {result['title']}", "Made by evidence.py; numbers are points.", *parts]) + "\n"
 
 

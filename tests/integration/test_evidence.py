@@ -66,6 +66,9 @@ def test_a_killed_plan_goes_on_where_it_was(killed_and_resumed):
     assert 3 <= len(before) < len(after)
     assert {name: after[name] for name in before} == before  # not run again
     assert "h on one thread, budget" in output
+    assert output.splitlines()[-1].startswith(str(folder / "summary.md"))
+    assert "## Best of each pattern" in output
+    assert "## Tried" not in output
     assert not list((folder / "runs").glob("*.claim"))
 
 
