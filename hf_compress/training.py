@@ -21,6 +21,7 @@ from .compressed_evaluation import CompressedEvaluationMixin, check_eval_pattern
 from .distillation import DistillationMixin
 from .distributed import run_on_main
 from .family import Family, Variant, build_family
+from .family.manifest import LOCAL
 from .family.storage import check_storage
 from .fused_sgd import FusedSGDMixin
 from .loss_scaling import LossScalingMixin
@@ -199,7 +200,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
                 output_dir=Path(self.args.output_dir) / "_family" if output_dir is None else output_dir,
                 method=self.method,
                 task=task,
-                recipe=changed_arguments(self.args) if recipe is None else recipe,
+                recipe=recipe_of(self.args) if recipe is None else recipe,
                 processing_class=self.processing_class,
                 include=self.args.include,
                 exclude=self.args.exclude,
@@ -353,17 +354,34 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
             vars(self).update(kept)
 
 
+def recipe_of(*parts: Any) -> dict[str, Any]:
+    """The changed arguments of all parts, and under `LOCAL` the names of those left out as paths of this machine."""
+    recipe, local = {}, []
+    for part in parts:
+        recipe |= changed_arguments(part)
+        given = {f.name: getattr(part, f.name) for f in fields(part) if f.init and not _is_of_this_run(f.name)}
+        local += [name for name, value in given.items() if _is_of_this_machine(value)]
+    return {**recipe, **({LOCAL: local} if local else {})}
+
+
 def changed_arguments(args: Any) -> dict[str, Any]:
     """The fields of a dataclass of arguments that differ from their defaults, as JSON; no absolute paths or secrets."""
-    left_out = {"output_dir", "resume_from_checkpoint", "use_cpu", "push_to_hub"}
     changed = {}
     for f in fields(args):
         value, default = getattr(args, f.name), f.default if f.default_factory is MISSING else f.default_factory()
         if isinstance(value, Enum):
             value = value.value
         is_plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
-        is_of_this_machine = isinstance(value, str) and Path(value).is_absolute()
-        is_left_out = f.name in left_out or f.name.startswith("hub_") or is_of_this_machine
+        is_left_out = _is_of_this_run(f.name) or _is_of_this_machine(value)
         if f.init and not is_left_out and is_plain and value != default:
             changed[f.name] = value
     return changed
+
+
+def _is_of_this_run(name: str) -> bool:
+    left_out = {"output_dir", "resume_from_checkpoint", "use_cpu", "push_to_hub"}
+    return name in left_out or name.startswith("hub_")
+
+
+def _is_of_this_machine(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute()

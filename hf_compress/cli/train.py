@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, set_seed
 from ..callbacks import SparsityLock
 from ..family.manifest import MANIFEST
 from ..methods.registry import METHODS, Method
-from ..training import changed_arguments
+from ..training import recipe_of
 from .recipes import ABOUT, nearest, packaged, read_recipe
 from .table import VariantPrinter
 
@@ -59,8 +59,7 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """What is trained, in the form of a recipe: the flags that differ from their defaults."""
         names = {"method": self.method.name, "task": self.task_name}
-        flags = (changed_arguments(part) for part in (self.task_args, self.args, self.command))
-        return {**names, **{key: value for part in flags for key, value in part.items()}}
+        return {**names, **recipe_of(self.task_args, self.args, self.command)}
 
 
 def train(argv: Sequence[str]) -> None:

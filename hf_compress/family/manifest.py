@@ -19,6 +19,7 @@ from .variant import Variant
 MANIFEST = "family.json"
 SCHEMA = 1
 JOINED = "trained"  # key of a recipe: revision to recipe, of variants that have joined from other trainings
+LOCAL = "local"  # key of a recipe: flags that it lacks, since they named paths of the machine of the training
 _T = TypeVar("_T")
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from .manifest import Manifest
 from .variant import Variant
 
+_LESS_IS_BETTER = ("loss", "perplexity", "error", "error_rate", "wer", "cer", "mae", "mse", "rmse")
+
 
 def main_metric(metrics: dict[str, float | None]) -> str | None:
     """The metric that a checkpoint is judged by: the first that is a number and neither loss nor timing."""
     timing = ("loss", "runtime", "samples_per_second", "steps_per_second")
     return next((name for name, value in metrics.items() if value is not None and not name.endswith(timing)), None)
+
+
+def is_less_better(metric: str) -> bool:
+    """Whether a smaller number of this name says of a better model."""
+    return any(metric == word or metric.endswith(f"_{word}") for word in _LESS_IS_BETTER)
 
 
 def table_rows(manifest: Manifest) -> list[list[str]]:

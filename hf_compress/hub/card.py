@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..family.manifest import JOINED, Manifest
-from ..family.table import main_metric, table_rows
+from ..family.manifest import JOINED, LOCAL, Manifest
+from ..family.table import is_less_better, main_metric, table_rows
 from ..family.variant import Variant
 from ..loading.statistics import AS_TRAINED, STATISTICS, StatisticsPack
 from .download import own_repository
@@ -67,6 +67,7 @@ def render_card(manifest: Manifest, repo_id: str, own_repositories: bool = False
         training=_METHODS.get(manifest.method),
         made=_made(manifest),
         joined=_joined(manifest),
+        local=_local(manifest),
         table=_markdown_table(cells),
         plot=next((name for name in manifest.files if name == "plots/sparsity.png"), None),
         metric=metric,
@@ -101,7 +102,7 @@ def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str, own_
 
 def render_recipe(manifest: Manifest) -> str:
     """The recipe of the training, as `hf-compress train` takes it."""
-    own = {key: value for key, value in manifest.recipe.items() if key != JOINED}
+    own = {key: value for key, value in manifest.recipe.items() if key not in (JOINED, LOCAL)}
     return yaml.safe_dump(own, sort_keys=False, allow_unicode=True)
 
 
@@ -138,6 +139,12 @@ def _joined(manifest: Manifest) -> dict[str, str]:
     found = manifest.recipe.get(JOINED)
     recipes = found.items() if isinstance(found, dict) else ()
     return {k: str(v.get("method")) for k, v in recipes if isinstance(v, dict) and v.get("method") in _METHODS}
+
+
+def _local(manifest: Manifest) -> list[str]:
+    """Flags that the recipe lacks, since they named paths of the machine of the training."""
+    found = manifest.recipe.get(LOCAL)
+    return [name for name in found if re.fullmatch(r"\w+", str(name))] if isinstance(found, list) else []
 
 
 def _card_data(manifest: Manifest, repo_id: str, metric: str | None) -> ModelCardData:
@@ -195,15 +202,16 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _best_variant(manifest: Manifest, metric: str | None) -> Variant | None:
-    """The one to try first: the most zeros at a loss of at most one hundredth of the metric."""
+    """The one to try first: the most zeros at a loss of at most one hundredth of the metric, or else the least loss."""
     reference = manifest.dense.metrics.get(metric) if metric else None
-    good = [v for v in manifest.variants if reference is not None and _keeps(v, metric, reference)]
-    return max(good or manifest.variants, key=lambda v: v.sparsity, default=None)
-
-
-def _keeps(variant: Variant, metric: str | None, reference: float) -> bool:
-    value = variant.metrics.get(metric or "")
-    return value is not None and value >= reference - 0.01 * abs(reference)
+    if metric is None or reference is None:
+        return max(manifest.variants, key=lambda v: v.sparsity, default=None)
+    sign = -1 if is_less_better(metric) else 1
+    gains = [(sign * (value - reference), v) for v in manifest.variants if (value := v.metrics.get(metric)) is not None]
+    good = [v for gain, v in gains if gain >= -0.01 * abs(reference)]
+    if good or not gains:
+        return max(good or manifest.variants, key=lambda v: v.sparsity, default=None)
+    return max(gains, key=lambda pair: pair[0])[1]
 
 
 def _markdown_table(rows: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..family.manifest import Manifest
-from ..family.table import format_size, main_metric, share_removed, table_rows
+from ..family.table import format_size, is_less_better, main_metric, share_removed, table_rows
 from ..family.variant import Variant
 from .document import render_document
 from .kinds import kind_of
@@ -17,7 +17,6 @@ from .snippet import class_of, load_variant
 
 _METHODS = {"cram": "CrAM", "sfw": "SFW", "tpp": "TPP", "lilnetx": "LilNetX", "one_shot": "none, cut in one shot"}
 _TIMING = ("runtime", "samples_per_second", "steps_per_second")
-_LESS_IS_BETTER = ("loss", "perplexity", "error", "error_rate", "wer", "cer", "mae", "mse", "rmse")
 _LARGEST = 2**53  # whole numbers up to here are exact in JavaScript
 _CLOSE = 0.01  # of the dense metric
 _AXES: tuple[dict[str, str], ...] = (
@@ -104,11 +103,7 @@ def _columns(axes: list[dict[str, str]], is_measured: bool) -> list[dict[str, st
 
 
 def _metric(name: str) -> dict[str, Any]:
-    return {"key": name, "label": name.replace("_", " "), "less": _is_less_better(name)}
-
-
-def _is_less_better(metric: str) -> bool:
-    return any(metric == word or metric.endswith(f"_{word}") for word in _LESS_IS_BETTER)
+    return {"key": name, "label": name.replace("_", " "), "less": is_less_better(name)}
 
 
 def _rows(family: Manifest, metrics: list[str]) -> list[dict[str, Any]]:
@@ -192,7 +187,7 @@ def _tiles(family: Manifest, metric: str | None) -> list[dict[str, str]]:
     if metric and reference is not None and _finite(reference):
         label = metric.replace("_", " ")
         tiles.append({"label": f"Dense {label}", "value": f"{reference:.4f}", "note": size})
-        close = [v for v in variants if _is_close(v.metrics.get(metric), reference, _is_less_better(metric))]
+        close = [v for v in variants if _is_close(v.metrics.get(metric), reference, is_less_better(metric))]
         if close:
             best = min(close, key=lambda v: v.compressed_bytes)
             share = f", {100 * best.compressed_bytes / dense.compressed_bytes:.0f} %" if dense.compressed_bytes else ""

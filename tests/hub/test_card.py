@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -105,6 +106,31 @@ def test_a_card_claims_nothing_that_was_not_measured(tmp_path):
     assert "sparsity.png" not in card
     assert "model-index" not in card
     assert re.search(r"`nm-3of5` left \d+ weights dense: its reduction axis of 16 is no multiple of 5", card)
+
+
+@pytest.mark.parametrize(
+    ("metric", "dense", "numbers", "tried"),
+    [
+        ("accuracy", 0.9, {"unstructured:0.9": 0.5, "2:4": 0.895, "2:4+int8": 0.6}, "nm-2of4"),
+        ("accuracy", 0.9, {"unstructured:0.9": 0.2, "2:4": 0.7, "2:4+int8": 0.8}, "nm-2of4_int8"),  # none is close
+        ("perplexity", 20.0, {"unstructured:0.9": 4e6, "2:4": 20.1, "2:4+int8": 25.0}, "nm-2of4"),
+        ("perplexity", 20.0, {"unstructured:0.9": 4e6, "2:4": 31.0, "2:4+int8": 30.0}, "nm-2of4_int8"),
+        ("accuracy", 0.9, {"unstructured:0.9": None, "2:4": 0.3}, "nm-2of4"),
+    ],
+)
+def test_the_example_loads_the_smallest_that_is_as_good_or_else_the_best(family, metric, dense, numbers, tried):
+    variants = tuple(replace(family[pattern], metrics={metric: value}) for pattern, value in numbers.items())
+    shown = replace(family, dense=replace(family.dense, metrics={metric: dense}), variants=variants)
+    assert f'from_pretrained("me/six", revision="{tried}")' in render_card(shown, "me/six")
+
+
+def test_flags_of_paths_that_the_recipe_lacks_are_named(family):
+    recipe = {"task": "text-classification", "rho": 0.1, "local": ["model_name_or_path", "train_file", "`{{ x }}`"]}
+    shown = replace(family, recipe=recipe)
+    line = "`hf-compress train recipe.yaml --model_name_or_path … --train_file …` runs them again, with paths of"
+    assert line in render_card(shown, "me/six")
+    assert yaml.safe_load(render_recipe(shown)) == {"task": "text-classification", "rho": 0.1}
+    assert "runs them again." in render_card(replace(family, recipe={"task": "text-classification"}), "me/six")
 
 
 def test_a_trained_family_says_how_and_cites_the_paper(family):

@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_compress.tasks.text_classification import TextClassificationArguments, prepare
+from hf_compress.training import changed_arguments, recipe_of
 from tests.text import tiny_text_model
 
 GOOD, BAD = (
@@ -223,12 +224,16 @@ def test_long_texts_are_cut(prepared):
 
 
 def test_what_a_file_replaces_is_not_told():
-    from hf_compress.training import changed_arguments
-
     args = TextClassificationArguments(
         "net", dataset_name="nyu-mll/glue", dataset_config_name="sst2", train_file="a.csv"
     )
     assert changed_arguments(args) == {"model_name_or_path": "net", "train_file": "a.csv"}
+
+
+def test_a_recipe_has_no_path_of_a_machine_but_says_where_one_was():
+    args = TextClassificationArguments("/data/net", train_file="/data/a.csv", max_length=20)
+    assert recipe_of(args) == {"max_length": 20, "local": ["model_name_or_path", "train_file"]}
+    assert "local" not in recipe_of(TextClassificationArguments("net", max_length=20))
 
 
 def test_unlabelled_samples_are_refused_and_their_split_named(prepared):
