@@ -81,8 +81,8 @@ def compress(
 
     Raises:
         ValueError: for a wrong pattern or glob, a model without targets or without what the pattern removes (filters,
-            neurons, heads), `remove` with a pattern other than low_rank, or a NaN weight, which the message names.
-            The model is then unchanged.
+            neurons, heads), `remove` with a pattern that removes nothing whole, or a NaN weight, which the message
+            names. The model is then unchanged.
     """
     pattern = parse_pattern(pattern)
     if not isinstance(model, nn.Module):

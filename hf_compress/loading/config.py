@@ -22,7 +22,8 @@ class HfCompressConfig(QuantizationConfigMixin):
     the checkpoint loaded in its stored type. It is then a plain model: `.half()`, `Trainer` and `save_pretrained` do
     what they always do, and a saved copy needs no hf_compress. While loading, targets take the memory of their stored
     type. Weights that the checkpoint lacks are new, as transformers warns, and pruned like the others where they are
-    targets; heads of transformers models are none. Batch-norm statistics stay: see `recalibrate_batch_norm`.
+    targets; heads of transformers models are none. Batch norms get the statistics that a family stores for the
+    pattern; where there are none they stay, with a warning: see `recalibrate_batch_norm`.
 
     `from_pretrained` raises ValueError for a glob that matches nothing, a model without targets, a NaN weight, a
     `device_map` that offloads, and a checkpoint that is quantized already.

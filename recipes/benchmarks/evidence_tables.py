@@ -20,7 +20,7 @@ def as_markdown(result: Numbers, only: Container[str] | None = None) -> str:
         "Pairs": pairs(result),
         "Files": files(result),
         "Settings": settings(result),
-        "Tried": tried(result),
+        "Tried, each arm by the mean over its own cuts": tried(result),
     }
     shown = {title: text for title, text in tables.items() if only is None or title in only}
     parts = [f"## {title}\n\n{text}" for title, text in shown.items() if text.count("\n") > 1]
@@ -34,8 +34,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def points(numbers: Numbers) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{numbers['mean']:.1f} ± {numbers['std']:.1f}"
+    """Mean and standard deviation over seeds; the number alone where there is one."""
+    spread = f" ± {numbers['std']:.1f}" if len(numbers["by_seed"]) > 1 else ""
+    return f"{numbers['mean']:.1f}{spread}"
 
 
 def margin(numbers: Numbers) -> str:
@@ -48,7 +49,7 @@ def verdict(result: Numbers, ours: str, theirs: str, pattern: str) -> str:
     """A difference counts where it is larger than the standard deviation over seeds of either arm and of itself."""
     by = result["minus"][ours][theirs][pattern]
     if len(by["by_seed"]) < 2:
-        return "within the spread"
+        return "one seed"
     spreads = [counted_of(result["mean"][arm][pattern])["std"] for arm in (ours, theirs)]
     if abs(by["difference"]) <= max(*spreads, statistics.stdev(by["by_seed"])):
         return "within the spread"
@@ -62,7 +63,7 @@ def beside(result: Numbers, ours: str, theirs: str, pattern: str) -> list[str]:
 
 
 def best(result: Numbers) -> str:
-    """Of every pattern the arm that scores highest, beside plain training; * where that is within the spread.
+    """Of every pattern the arm that scores highest, beside plain training; * for what is not above the spread.
 
     Plain training is the first baseline, or the best of those that the plan calls "plain".
     """
@@ -74,9 +75,9 @@ def best(result: Numbers) -> str:
         if others:
             arm = highest(result, others, pattern)
             *of_both, by = beside(result, arm, plain, pattern)
-            star = "" if verdict(result, arm, plain, pattern) == "yes" else " *"
+            star = "" if verdict(result, arm, plain, pattern) in ("yes", "one seed") else " *"
             rows.append([pattern, label_of(result, arm), *of_both, by + star])
-    return table(["cut to", "best", "points", head, "margin (standard error)"], rows)
+    return table(["cut to", "best of the others", "points", head, "margin (standard error)"], rows)
 
 
 def highest(result: Numbers, arms: list[str], pattern: str) -> str:
