@@ -106,6 +106,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def refuse_adapters(model: nn.Module, method: str) -> None:
+    """ValueError for a model with adapters of PEFT, which are trained in place of the weights that are compressed."""
+    # Only a process that has imported PEFT can hold one, and this room must not import it.
+    adapter: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    name = next((name for name, module in model.named_modules() if isinstance(module, adapter)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} has adapters of PEFT, which {method} would compress in place of the weights that they are "
+            "added to; merge them (merge_and_unload), or prune first and train with SparsityLock, then merge_lora"
+        )
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
     seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in model.named_modules():

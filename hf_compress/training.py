@@ -26,7 +26,7 @@ from .family.storage import check_storage
 from .fused_sgd import FusedSGDMixin
 from .loss_scaling import LossScalingMixin
 from .patterns import Pattern, parse_patterns
-from .targets import find_targets
+from .targets import find_targets, refuse_adapters
 from .training_data import TrainingBatches, generators_kept
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
     optimizer: Any
     train_dataset: Any
     _family: Family | None = None
+    _is_resumed = False  # whether the weights that an optimizer is made for are those of a checkpoint
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,6 +126,7 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
             self._check_kind(given)
         super().__init__(*args, **kwargs)
         self._check_kind(self.args)
+        refuse_adapters(self.model, type(self).__name__)
         self._has_own_forward = "forward" in vars(self.model)
         find_targets(self.model, self.args.include, self.args.exclude)  # a wrong glob fails before the training
         self._check_cuts()
@@ -143,7 +145,9 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
         Raises:
             ValueError: if `resume_from_checkpoint` is True and there is no whole one, or names one that is not.
         """
-        return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
+        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        self._is_resumed = checkpoint is not None
+        return super().train(checkpoint, *args, **kwargs)
 
     def _whole_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if resume_from_checkpoint is True:
@@ -268,8 +272,9 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
         state = self.accelerator.get_state_dict(self.model)
         plain_class: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
         whole = plain_class(copy.deepcopy(model.config))
-        if hasattr(model, "_weight_conversions"):
-            whole._weight_conversions = model._weight_conversions
+        for name in ("_weight_conversions", "generation_config"):
+            if hasattr(model, name):
+                setattr(whole, name, getattr(model, name))
         if self.accelerator.is_main_process:
             whole.load_state_dict(state)
         return whole.to(self.args.device)
@@ -314,7 +319,10 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
         if is_sharded or not isinstance(model, PreTrainedModel) or not (Path(folder) / "config.json").is_file():
             return False
         model_class: Any = type(model)
-        restored, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        try:
+            restored, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        except TypeError:  # a class that is made of more than its config
+            return False
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{folder} is incomplete: it lacks {len(missing)} weights, first {missing[0]}")
@@ -356,7 +364,8 @@ class CompressionMixin(CompressedEvaluationMixin, DistillationMixin, LossScaling
 
 def recipe_of(*parts: Any) -> dict[str, Any]:
     """The changed arguments of all parts, and under `LOCAL` the names of those left out as paths of this machine."""
-    recipe, local = {}, []
+    recipe: dict[str, Any] = {}
+    local: list[str] = []
     for part in parts:
         recipe |= changed_arguments(part)
         given = {f.name: getattr(part, f.name) for f in fields(part) if f.init and not _is_of_this_run(f.name)}

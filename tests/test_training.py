@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
+from transformers import BertForSequenceClassification
 
 import hf_compress as hfc
 from tests.conftest import image_samples, text_samples, tiny_bert, tiny_resnet, tiny_vit
@@ -139,3 +143,29 @@ def test_a_mixin_behind_the_trainer_is_refused():
         type("Wrong", (transformers.Trainer, hfc.CrAMMixin), {})
     right = type("Trainer", (hfc.CrAMMixin, transformers.Trainer), {})  # whatever its name
     assert type("Mine", (right,), {}).method == "cram"
+
+
+@pytest.mark.parametrize("method", ["CrAM", "SFW", "TPP", "LilNetX"])
+def test_adapters_of_peft_are_refused(tmp_path, method):
+    """They are trained in place of the weights that a method compresses."""
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=2, target_modules=["query"]))
+    args = getattr(hfc, f"{method}Config")(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=f"query has adapters of PEFT, which {method}Trainer would compress in place"):
+        getattr(hfc, f"{method}Trainer")(model=model, args=args, train_dataset=text_samples())
+
+
+class Headed(BertForSequenceClassification):
+    """Made of more than its config."""
+
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.width = width
+
+
+def test_the_best_model_of_a_class_that_takes_more_than_its_config_is_loaded(tmp_path):
+    model = Headed(tiny_bert().config, 3)
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
+    trainer = make(tmp_path, model, text_samples(), **options, load_best_model_at_end=True, eval_dataset=text_samples())
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items() if name in best)

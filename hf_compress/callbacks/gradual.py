@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..distributed import local
 from ..patterns import Pattern, parse_pattern
+from ..patterns.groups import Grouped
 from ..patterns.masking import zero_
 from .lock import HeldZeros
 
@@ -124,6 +125,9 @@ class GradualPruning(HeldZeros):
         pattern = self._pattern_after(step)
         if pattern is None:
             return
+        for part in getattr(pattern, "parts", (pattern,)):
+            if isinstance(part, Grouped):
+                part.compress_(self.targets)  # with the biases of what it removes
         for name, mask in pattern.select(self.targets).items():
             zero_(local(self.targets[name].parameter), local(mask))
         self.hold()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
 
-from ..distributed import local, reshard, sharded_like, total_norm
+from ..distributed import dealt_like, is_sharded, local, reshard, sharded_like, total_norm
 from ..patterns.masking import zero_
 from ..structure import find_coupled_targets
 from ..targets import Target, unwrap
@@ -27,6 +27,7 @@ class HeldZeros(TrainerCallback):
         self.include, self.exclude = include, exclude
         self.targets: dict[str, Target] = {}
         self.masks: dict[str, torch.Tensor] = {}  # of the part of a weight on this rank, False where zero is held
+        self.bias_masks: dict[str, torch.Tensor] = {}  # of its bias, False where the whole output is held at zero
 
     def find(self, args: Any, model: nn.Module) -> None:
         """Look the targets up as the optimizer steps them; ValueError where single weights are out of reach."""
@@ -35,7 +36,8 @@ class HeldZeros(TrainerCallback):
             raise ValueError(f"{name} writes zeros into weights, of which DeepSpeed steps copies of its own; {way_out}")
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError(f"{name} needs single weights, which FSDP1 flattens into one; {way_out} (fsdp_version: 2)")
-        self.targets, self.masks = _live_targets(model, self.include, self.exclude), {}
+        self.targets = _live_targets(model, self.include, self.exclude)
+        self.masks, self.bias_masks = {}, {}
         if not self.targets:
             raise ValueError(
                 f"{type(unwrap(model)).__name__} has no weight that {name} could hold: Linear, Conv and Conv1D layers "
@@ -43,8 +45,10 @@ class HeldZeros(TrainerCallback):
             )
 
     def hold(self) -> None:
-        """From now on, what is zero stays zero."""
+        """From now on, what is zero stays zero, also the biases of outputs that are zero as a whole."""
         self.masks = {name: local(target.parameter) != 0 for name, target in self.targets.items()}
+        biases = {name: target.bias for name, target in self.targets.items() if target.bias is not None}
+        self.bias_masks = {n: (local(b) != 0) | _outputs_left(self.targets[n], b) for n, b in biases.items()}
 
     def num_zeros(self) -> int:
         """Zeros in all targets together, equal on all ranks; ValueError under tensor parallelism."""
@@ -56,6 +60,10 @@ class HeldZeros(TrainerCallback):
             parameter = self.targets[name].parameter
             if parameter.requires_grad:
                 zero_(local(parameter), mask)
+        for name, mask in self.bias_masks.items():
+            bias: Any = self.targets[name].bias
+            if bias.requires_grad:
+                zero_(local(bias), mask)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check(kwargs["model"], state.global_step)
@@ -65,7 +73,7 @@ class HeldZeros(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which was checked when it was saved
             self._check(kwargs["model"], state.global_step)
-        self.targets, self.masks = {}, {}
+        self.targets, self.masks, self.bias_masks = {}, {}, {}
 
     def _check(self, model: nn.Module, step: int) -> None:
         """RuntimeError if a held zero is none any more in the weights that the model has now."""
@@ -92,8 +100,9 @@ class SparsityLock(HeldZeros):
 
     The zeros of the targets are found when the training begins (in a resumed one in the weights of the checkpoint),
     written again after every optimizer step, whatever weight decay or momentum made of them, and checked at every save
-    and at the end. Memory: a byte for each weight of a target. No step waits for the device. Weights that are sharded
-    (FSDP2) are handled by each rank for its part, frozen ones are only checked, and adapters of PEFT are no targets.
+    and at the end. Biases of outputs that are zero as a whole stay zero too. Memory: a byte for each weight of a
+    target. No step waits for the device. Weights that are sharded (FSDP2) are handled by each rank for its part, frozen
+    ones are only checked, and adapters of PEFT are no targets.
 
     Args:
         include: globs on names, see `find_targets`; they bring in a task head that was pruned too.
@@ -129,6 +138,13 @@ def _live_targets(model: nn.Module, include: Sequence[str] | None, exclude: Sequ
         if isinstance(module, tuner):
             adapters |= {id(p) for p in module.parameters()} - {id(p) for p in module.get_base_layer().parameters()}
     return {n: t for n, t in find_coupled_targets(inner, include, exclude).items() if id(t.parameter) not in adapters}
+
+
+def _outputs_left(target: Target, bias: torch.Tensor) -> torch.Tensor:
+    """Which outputs have a weight that is not zero, for the part of the bias on this rank."""
+    weight = target.parameter.detach()
+    nonzero: Any = (weight != 0).sum([dim for dim in range(weight.ndim) if dim != target.output_dim])
+    return local(dealt_like(nonzero.full_tensor() if is_sharded(weight) else nonzero, bias)) != 0
 
 
 def _count(flags: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> int:

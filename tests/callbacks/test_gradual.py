@@ -293,3 +293,34 @@ def test_a_training_that_stops_early_says_that_the_pattern_is_not_reached(tmp_pa
     runs.stock(tmp_path, model, [hfc.GradualPruning("2:4+int8", 0, 10, 2), Stop()]).train()
     assert "ended at step 5, before step 10 in which GradualPruning would have reached 2:4+int8" in caplog.text
     assert 0 < count(zeros(model)) < 1500
+
+
+def test_filters_go_with_their_biases_and_none_comes_back(tmp_path):
+    """So that what is evaluated in the training is the model that the training leaves."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.zeros(1, 3, 8, 8))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = net
+
+        def forward(self, pixel_values, labels=None):
+            logits = self.layers(pixel_values)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    nn.init.constant_(net[0].bias, 0.5)
+    data = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(32)]
+    seen = []
+
+    class Biases(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(net[0].bias.detach().clone())
+
+    pruning = hfc.GradualPruning("filters:0.5", begin=0, end=10, every=2)
+    runs.stock(tmp_path, Net(), [pruning, Biases()], data, max_steps=20).train()
+    assert [int((bias == 0).sum()) for bias in seen[10:]] == [4] * 10
+    assert torch.equal(seen[-1], net[0].bias)
+    gone = net[0].weight.detach().flatten(1).eq(0).all(1)
+    assert torch.equal(gone, net[0].bias == 0)

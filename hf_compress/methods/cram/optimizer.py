@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...distributed import is_distributed, is_sharded, local, reshard, total_norm
 from ...patterns import Pattern, parse_patterns
 from ...patterns.masking import add_masked_, masked
 from ...structure import find_coupled_targets
-from ...targets import Target, unwrap
+from ...targets import Target, refuse_adapters, unwrap
 from .excursion import ascended, come_back, leave
 from .settings import check_options, check_rho
 
@@ -96,6 +97,7 @@ class CrAM(torch.optim.Optimizer):
         check_options(plus_reduction, every)
         self.plus, self.plus_reduction, self.normalize, self.every = plus, plus_reduction, normalize, every
         self.mask_gradient, self.seed = mask_gradient, seed
+        refuse_adapters(self.model, "CrAM")
         targets = find_coupled_targets(self.model, include, exclude)
         if self.patterns and not any(t.parameter.requires_grad for t in targets.values()):
             raise ValueError(
@@ -169,7 +171,10 @@ class CrAM(torch.optim.Optimizer):
 
     def _live_targets(self) -> dict[str, Target]:
         # Activation checkpointing wraps modules after the names were taken.
-        live = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in self.model.named_parameters()}
+        live = {
+            n.replace("_checkpoint_wrapped_module.", ""): p
+            for n, p in self.model.named_parameters(remove_duplicate=False)
+        }
         biases = {n: live.get(bias) for n, bias in self._biases.items()}
         return {n: replace(t, parameter=live[n], bias=biases.get(n)) for n, t in self._targets.items()}
 
@@ -243,7 +248,9 @@ class _Ascent:
         self.aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.removed: dict[str, torch.Tensor] = {}
         self.first: dict[str, torch.Tensor] = {}
-        self.norms = [m for m in cram.model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self.norms = [m for m in cram.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        # These would update their statistics also where they do not track them.
+        self.momenta = [(m, m.momentum) for m in cram.model.modules() if isinstance(m, _InstanceNorm)]
         self.handles: list[Any] = []
         self.scratch: torch.Tensor | None = None
 
@@ -252,6 +259,8 @@ class _Ascent:
         """Write C(w + rho * grad), and prepare gradients for what the second backward adds to them."""
         for norm in self.norms:
             norm.track_running_stats = False
+        for module, _ in self.momenta:
+            module.momentum = 0.0
         if self.unchanged:
             return
         in_float = {n: t for n, t in self.targets.items() if t.parameter.dtype not in _HALF}
@@ -293,14 +302,17 @@ class _Ascent:
             if name in self.first:
                 gradient.add_(self.first[name])
         if self.cram.plus and self.cram.plus_reduction == "mean" and not self.unchanged:
-            for parameter in self.parameters:
-                _gradient(parameter).mul_(0.5)
+            for parameter in (p for group in self.cram.param_groups for p in group["params"]):
+                if parameter.grad is not None:  # also one whose first gradient is the second
+                    _gradient(parameter).mul_(0.5)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back; safe at any moment of the block."""
         for norm in self.norms:
             norm.track_running_stats = True
+        for module, momentum in self.momenta:
+            module.momentum = momentum
         for handle in self.handles:
             handle.remove()
         for parameter, gradient in self.aside:

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from ...codec import Latents, weights_of
 from ...distributed import is_sharded
-from ...targets import Target, find_targets, unwrap
+from ...targets import Target, find_targets, refuse_adapters, unwrap
 
 INITS = ("pretrained", "uniform", "normal")
 SHARING = ("kind", "layer")
@@ -205,7 +205,8 @@ def reparametrize(
             on slices takes the slices of as many outputs as one. 1 is published.
         decoders: "kind" for one decoder for all layers of a kind, such as "conv3x3", or "layer".
         include: globs on names, see `find_targets`.
-        exclude: globs on names, see `find_targets`. Weights that several layers share stay what they are.
+        exclude: globs on names, see `find_targets`. Weights that are frozen, or that several layers share,
+            stay what they are.
         seed: of what is drawn.
 
     Returns:
@@ -217,10 +218,12 @@ def reparametrize(
     """
     _check_options(init, decoders, steps_per_std, boundary, linear_slice)
     model = unwrap(model)
+    refuse_adapters(model, "LilNetX")
     if latent_layers(model):
         raise ValueError("this model has latents already; bake it first")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    targets = {n: t for n, t in find_targets(model, include, exclude).items() if uses[id(t.parameter)] == 1}
+    found = find_targets(model, include, exclude)
+    targets = {n: t for n, t in found.items() if uses[id(t.parameter)] == 1 and t.parameter.requires_grad}
     _check(targets, decoders)
     made: dict[str, Decoder] = {}
     for name, (group, row) in _groups_of(targets, linear_slice, decoders, init).items():
@@ -256,7 +259,8 @@ def _check_options(init: str, decoders: str, steps_per_std: float, boundary: flo
 def _check(targets: dict[str, Target], decoders: str) -> None:
     if not targets:
         raise ValueError(
-            "the model has no weights to code (Linear, ConvNd, Conv1D); name some by globs, as in include=['*head*']"
+            "the model has no weights to code that are trained (Linear, ConvNd, Conv1D); name some by globs, as in "
+            "include=['*head*']"
         )
     devices = sorted({str(target.parameter.device) for target in targets.values()})
     if len(devices) > 1 and decoders == "kind":

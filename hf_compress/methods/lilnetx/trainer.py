@@ -46,10 +46,21 @@ class LilNetXMixin(CompressionMixin):
         self._refuse_sharding()
         if not latent_layers(self.model):
             reparametrize(self.model, **self.args.latents())
+        self._refuse_foreign_optimizer()
         for layer in latent_layers(self.model):
             layer.module.register_state_dict_post_hook(_say_weight)
         self.regularization = Regularization(self.model, self.args)
         self.add_callback(self.regularization)
+
+    def _refuse_foreign_optimizer(self) -> None:
+        if self.optimizer is None:
+            return
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if missing := [n for n, p in self.model.named_parameters() if ".decoder." in n and id(p) not in known]:
+            raise ValueError(
+                f"LilNetX makes new parameters, which the optimizer that is passed does not know ({missing[0]} for "
+                "one); name it in the arguments (optim), or pass optimizer_cls_and_kwargs"
+            )
 
     def _refuse_sharding(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

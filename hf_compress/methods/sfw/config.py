@@ -62,6 +62,7 @@ class SFWConfig(CompressionArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.k = None if self.k is None else str(self.k)
         region = region_of(self.constraint, self.k_value, self.radius, self.diameter)
         check_grouping(region, self.scope, self.group_by)
         self.constraint = str(region)

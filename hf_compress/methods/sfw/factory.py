@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from ...structure import find_coupled_targets
-from ...targets import Groups, Target, find_targets, unwrap
+from ...targets import Groups, Target, find_targets, refuse_adapters, unwrap
 from .constraints import Constraint, LpBall, parse_constraint
+from .constraints.base import expected_norm
 from .constraints.group import GroupKSupportBall
 from .optimizer import SFW
 
@@ -70,6 +72,7 @@ def create_sfw(
             what `SFW` and `parse_constraint` refuse.
     """
     model = unwrap(model)
+    refuse_adapters(model, "SFW")
     region = region_of(constraint, k, radius, diameter)
     check_grouping(region, scope, group_by)
     find = find_targets if group_by == "filters" else find_coupled_targets
@@ -144,7 +147,8 @@ def _coupled(targets: dict[str, Target], region: GroupKSupportBall, kind: str) -
     for layouts in members.values():
         axes, counts, blocks = zip(*((part.dim, part.count, part.blocks) for part in layouts.values()), strict=True)
         ball = GroupKSupportBall(region.k, axes=axes, groups=counts[0], blocks=blocks, **_size_of(region))
-        groups.append({"params": [(name, targets[name].parameter) for name in layouts], "constraint": ball})
+        parameters = [(name, targets[name].parameter) for name in layouts]
+        groups.append({"params": parameters, "constraint": _sized(ball, [targets[name] for name in layouts])})
     rest = {name: target for name, target in targets.items() if isinstance(found[name], str)}
     return groups + _groups(rest, lambda _: LpBall(2, **_size_of(region)), "tensor")
 
@@ -153,9 +157,29 @@ def _groups(targets: dict[str, Target], region: Callable[[Target], Constraint], 
     named = list(targets.items())
     balls: Iterable[list[tuple[str, Target]]] = [named] if scope == "global" else [[pair] for pair in named]
     return [
-        {"params": [(name, target.parameter) for name, target in ball], "constraint": region(ball[0][1])}
+        {
+            "params": [(name, target.parameter) for name, target in ball],
+            "constraint": _along_outputs(region(ball[0][1]), [target for _, target in ball]),
+        }
         for ball in balls
     ]
+
+
+def _along_outputs(region: Constraint, targets: Sequence[Target]) -> Constraint:
+    """The region for weights whose outputs lie along their last dimension, as those of GPT-2 do."""
+    axes = [target.output_dim for target in targets]
+    if isinstance(region, GroupKSupportBall) and region.axes == 0 and any(axes):
+        region = GroupKSupportBall(region.k, axes=axes, groups=region.groups, blocks=region.blocks, **_size_of(region))
+    return _sized(region, targets)
+
+
+def _sized(region: Constraint, targets: Sequence[Target]) -> Constraint:
+    """A region counts outputs along the first dimension for "init:VALUE"; where they lie elsewhere it gets a number."""
+    if region.size.kind != "init" or not any(target.output_dim for target in targets):
+        return region
+    norm = math.sqrt(sum(expected_norm(target.parameter, target.output_dim) ** 2 for target in targets))
+    unit = region.diameter_of_unit_ball([target.parameter for target in targets])
+    return type(region)(**region.options, radius=2 * region.size.value * norm / unit)
 
 
 def _size_of(region: Constraint) -> dict[str, Any]:

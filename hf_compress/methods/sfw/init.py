@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...distributed import mean_over_ranks
 from .optimizer import SFW
@@ -60,7 +60,7 @@ def sfw_init(
                 b0, b1, b2 = next(batches), next(batches), next(batches)
             except StopIteration as error:
                 raise ValueError(f"SFW-Init needs {3 * steps} batches, they ended in iteration {step}") from error
-            slopes = _slopes(model, groups, weights, loss, _joined(b0, b1), _joined(b0, b2), names)
+            slopes = _slopes(model, groups, weights, loss, (b0, b1), (b0, b2), names)
             slopes = (slopes / scales).clamp(-1, 1)
             if not slopes.isfinite().all():
                 raise ValueError(f"the loss of SFW-Init is not finite in iteration {step}; lower the learning rate")
@@ -79,13 +79,14 @@ def _slopes(
     groups: list[dict[str, Any]],
     weights: Mapping[str, torch.Tensor],
     loss: Loss,
-    before: Any,
-    after: Any,
+    before: tuple[Any, Any],
+    after: tuple[Any, Any],
     names: Mapping[int, str],
 ) -> torch.Tensor:
     """<d, w> of every weight, d the slope of the loss after one step of SFW, divided by the learning rate."""
     parameters = list(weights.values())
-    gradients = torch.autograd.grad(loss(model, before), parameters, create_graph=True)
+    now = _loss_on(loss, model, before)  # weights that it does not depend on have gradients of zero
+    gradients = torch.autograd.grad(now, parameters, create_graph=True, materialize_grads=True)
     gradient_of = dict(zip(map(id, parameters), gradients, strict=True))
     moved: dict[str, torch.Tensor] = {}
     for group in groups:
@@ -100,10 +101,21 @@ def _slopes(
         share = (group["lr"] * size / length).clamp(0, 1)
         moved |= {names[id(p)]: torch.lerp(p, v, share) for p, v in zip(inside, vertices, strict=True)}
     lr = groups[0]["lr"]
-    ahead = loss(_Moved(model, moved), after) / lr
-    slopes = torch.autograd.grad(ahead, parameters)
+    ahead = _loss_on(loss, _Moved(model, moved), after) / lr
+    slopes = torch.autograd.grad(ahead, parameters, materialize_grads=True)
     products = [(d * p.detach()).sum().double() for d, p in zip(slopes, parameters, strict=True)]
     return mean_over_ranks(torch.stack(products).detach()).cpu()
+
+
+def _loss_on(loss: Loss, model: nn.Module, batches: tuple[Any, Any]) -> torch.Tensor:
+    """Of two batches as one; where they are padded to different lengths, of each, weighted by their samples."""
+    first, second = ({**b} if isinstance(b, Mapping) else dict(enumerate(b)) for b in batches)
+    tensors = [(first[k], second[k]) for k in first if isinstance(first[k], torch.Tensor)]
+    if all(a.shape[1:] == b.shape[1:] for a, b in tensors):
+        return loss(model, _joined(*batches))
+    sizes = [len(tensor) for tensor in tensors[0]]
+    values = [loss(model, batch) * (size / sum(sizes)) for batch, size in zip(batches, sizes, strict=True)]
+    return torch.stack(values).sum()
 
 
 class _Moved(nn.Module):
@@ -124,7 +136,7 @@ class _Moved(nn.Module):
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, with batch norms that use the statistics of the batch and keep none."""
     modes = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     model.eval()
     for norm in norms:
         norm.train()

@@ -79,7 +79,7 @@ class SFW(torch.optim.Optimizer):
         self.tracks_gap = False
         self.gap: torch.Tensor | None = None
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "rescale": rescale, "free": free}
-        defaults |= {"weight_decay": weight_decay, "betas": tuple(betas), "eps": eps, "constraint": None}
+        defaults |= {"weight_decay": weight_decay, "betas": tuple(betas), "eps": eps, "constraint": None, "asked": None}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,7 +90,8 @@ class SFW(torch.optim.Optimizer):
             _check(group)
             if group["constraint"] is not None:
                 weights = [p.detach() for p in group["params"]]
-                group["constraint"] = parse_constraint(group["constraint"]).resolved(weights)
+                asked = parse_constraint(group["constraint"])
+                group["asked"], group["constraint"] = str(asked), asked.resolved(weights)
         except ValueError as error:
             self.param_groups.pop()
             names = group.get("param_names")
@@ -184,7 +185,7 @@ class SFW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave.
+        """Load what `state_dict` gave; radii that are multiples of a norm are those of the weights at the start.
 
         Raises:
             ValueError: if a group has another region here than there.
@@ -192,12 +193,14 @@ class SFW(torch.optim.Optimizer):
         state_dict = {**state_dict, "param_groups": copy.copy(state_dict["param_groups"])}
         for i, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             region = None if own["constraint"] is None else str(own["constraint"])
-            if saved.get("constraint") != region:
+            is_same = saved.get("asked") == own["asked"] if saved.get("asked") else saved.get("constraint") == region
+            if not is_same:
                 raise ValueError(
                     f"group {i} was trained in {saved.get('constraint')}, and is now to be trained in {region}; "
                     "resume with the settings of the first run"
                 )
-            state_dict["param_groups"][i] = {**saved, "constraint": own["constraint"]}
+            there = None if region is None else parse_constraint(saved["constraint"])
+            state_dict["param_groups"][i] = {**saved, "constraint": there, "asked": own["asked"]}
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:  # which torch leaves where it was saved

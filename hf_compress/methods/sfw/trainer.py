@@ -31,6 +31,15 @@ class SFWMixin(CompressionMixin):
     config_class = SFWConfig
     lr_scheduler: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        found = self.optimizer if self.optimizer is not None else self.optimizer_cls_and_kwargs
+        if found is not None and not isinstance(found, SFW):
+            raise ValueError(
+                f"SFW is an optimizer itself, and was given another one ({found!r:.80}); leave it out, or pass what "
+                "create_sfw makes"
+            )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """`SFW` with the regions that the arguments name."""
         self._refuse_what_hides_weights()
@@ -55,9 +64,9 @@ class SFWMixin(CompressionMixin):
             eps=args.adam_epsilon,
             shrink=False,
         )
-        if args.sfw_init_steps and not args.resume_from_checkpoint:
+        if args.sfw_init_steps and not self._is_resumed:
             self._learn_scales(self.optimizer)
-        if args.shrink:
+        if args.shrink and not self._is_resumed:
             self._shrink(self.optimizer)
         return self.optimizer
 
@@ -87,6 +96,7 @@ class SFWMixin(CompressionMixin):
         drops = [share * num_training_steps for share in self.args.lr_drops]
         optimizer = self.optimizer if optimizer is None else optimizer
         self.lr_scheduler = LambdaLR(optimizer, lambda step: 0.1 ** sum(step >= drop for drop in drops))
+        self._created_lr_scheduler = True  # so that the Trainer makes a new one for the next training
         return self.lr_scheduler
 
     def _shrink(self, optimizer: SFW) -> None:
@@ -113,6 +123,12 @@ class SFWMixin(CompressionMixin):
             raise ValueError(f"SFW needs single weights, which FSDP1 flattens into one; {way_out} (fsdp_version: 2)")
         if getattr(self.model, "is_quantized", False):
             raise ValueError("SFW moves weights, and this model's are quantized; load it without quantization")
+        half = (p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype.itemsize < 4)
+        if (dtype := next(half, None)) is not None:
+            raise ValueError(
+                f"weights are {dtype}, which rounds the small steps of SFW away; load the model with "
+                "dtype=torch.float32, and set bf16=True for mixed precision"
+            )
 
     @property
     def sfw(self) -> SFW:

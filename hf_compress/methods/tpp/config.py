@@ -28,8 +28,8 @@ class TPPConfig(CompressionArguments):
         speed_up: multiply all shares by one number, so that the multiplications fall to 1 / speed_up.
         penalty: "trainability" is TPP. "growing_l2" has its growing decay without the Gram term, "kernel_orthogonality"
             makes the rows of these layers orthonormal instead, "none" trains on; all choose by L1.
-        profile: schedule of the penalty: "short" (3,000 steps), "paper" (110,000, for CIFAR) or "paper_imagenet" (90,000);
-            `grow_steps`, `stabilize_steps`, `grow_every` and `zero_every` replace its parts.
+        profile: schedule of the penalty: "short" (3,000 steps), "paper" (110,000, for CIFAR) or "paper_imagenet"
+            (90,000); `grow_steps`, `stabilize_steps`, `grow_every` and `zero_every` replace its parts.
         grow_steps: until the penalty is at its ceiling.
         stabilize_steps: at the ceiling, while one layer after the other is set to zero.
         grow_every: steps between one growth of the penalty and the next.

@@ -148,6 +148,12 @@ class TPPMixin(CompressionMixin):
         def tried() -> str:
             found, copied = self._selected(), cpu_copy(self.model)
             inputs = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self._sample().items()}
+            layers = [copied.get_submodule(path) for path in found.pruned]
+            if self.args.penalty != "none" and not any(p.requires_grad for each in layers for p in each.parameters()):
+                raise ValueError(
+                    f"all {len(layers)} layers that lose {found.pattern} are frozen, so that no penalty could make it "
+                    'needless; unfreeze them, or set penalty="none"'
+                )
             TrainabilityPenalty(copied, found.pruned, inputs)
             remove(copied, found.pruned, inputs)
             return found.pattern

@@ -186,6 +186,41 @@ def test_batch_norm_counts_a_batch_once():
         assert torch.equal(buffer, ours.get_buffer(name))
 
 
+def test_instance_norms_count_a_batch_once_too():
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    ours = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(16, 2))
+    plain, x = copy.deepcopy(ours), torch.randn(4, 3, 4, 4)
+    opt = CrAM(torch.optim.SGD(ours.parameters(), lr=0.0), ours, ["unstructured:0.9"])
+    ours(x).square().sum().backward()
+    with opt.compressed():
+        ours(x).square().sum().backward()
+    plain(x)
+    assert ours[1].momentum == 0.1
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, ours.get_buffer(name))
+
+
+def test_a_parameter_whose_first_gradient_is_the_second_counts_in_the_mean():
+    net = make_net("mlp")
+    late = nn.Parameter(torch.ones(()))
+    opt = CrAM(torch.optim.SGD([*net.parameters(), late], lr=0.1), net, ["unstructured:0.5"], plus_reduction="mean")
+    loss_of(net, data()[0]).backward()
+    with opt.compressed():
+        (2 * late).backward()
+    assert late.grad == 1
+
+
+def test_a_weight_that_another_name_shares_is_compressed():
+    net = make_net("mlp")
+    tied = nn.Module()
+    tied.early, tied.net = net[1].weight, net
+    opt = CrAM(torch.optim.SGD(tied.parameters(), lr=0.1), tied, ["unstructured:0.9"])
+    loss_of(net, data()[0]).backward()
+    with opt.compressed():
+        assert (net[1].weight == 0).float().mean() > 0.5
+
+
 def test_draws_depend_on_seed_and_step_alone_and_reach_every_pattern():
     patterns = ["unstructured:0.5", "unstructured:0.7", "2:4"]
     drawn = {}

@@ -246,10 +246,14 @@ def test_frozen_layers_stay_what_they_are(tmp_path):
     model = tiny_resnet()
     frozen = model.resnet.embedder.embedder.convolution
     frozen.weight.requires_grad_(False)
+    before = frozen.weight.detach().clone()
     trainer = make(tmp_path, model, slice_weight=1.0, l2_weight=1.0, rate_weight=1.0)
-    before = frozen.parametrizations.weight.original.clone()
     trainer.train()
-    assert torch.equal(frozen.parametrizations.weight.original, before)
+    family = trainer.build_family()
+    hfc.load_family(family.folder)
+    coded = AutoModelForImageClassification.from_pretrained(family.path_to("lilnetx"))
+    for kept in (trainer._plain(), coded):
+        assert torch.equal(kept.resnet.embedder.embedder.convolution.weight, before)
     assert not trainer._plain().resnet.embedder.embedder.convolution.weight.requires_grad
 
 
@@ -314,6 +318,14 @@ def test_what_does_not_fit_is_named_before_the_first_step(tmp_path):
         make(tmp_path, tiny_resnet().bfloat16())
     with pytest.raises(ValueError, match="which a model_init would replace; pass a model"):
         hfc.LilNetXTrainer(model_init=lambda trial: tiny_resnet(), args=config(tmp_path), train_dataset=image_samples())
+    model, data = tiny_resnet(), image_samples()
+    optimizers = torch.optim.SGD(model.parameters(), 0.1), None
+    with pytest.raises(
+        ValueError, match="LilNetX makes new parameters, which the optimizer that is passed does not know"
+    ):
+        hfc.LilNetXTrainer(model=model, args=config(tmp_path), train_dataset=data, optimizers=optimizers)
+    optimizers = torch.optim.SGD(model.parameters(), 0.1), None  # of the model as it is now
+    hfc.LilNetXTrainer(model=model, args=config(tmp_path), train_dataset=data, optimizers=optimizers)
 
 
 def test_checkpoints_of_others_are_refused(tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hfc
 from hf_compress.methods.sfw import LpBall, create_sfw
@@ -49,6 +51,26 @@ def test_filters_of_convolutions_get_the_group_ball_and_the_classifier_an_l2_bal
     assert {name: isinstance(ball, LpBall) for name, ball in balls.items()} == {
         name: kind == "linear" for name, kind in kinds.items()
     }
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("text", ["group_k_support(k=0.2, radius=init:3)", "k_sparse(k=0.1, radius=init:3)"])
+def test_regions_of_gpt2_are_those_of_the_same_weights_as_linear_layers(text, scope):
+    """Its Conv1D holds weights as (in, out): a step moves them as one of Linear layers moves the transposed ones."""
+    torch.manual_seed(0)
+    stored = nn.ModuleDict({"wide": Conv1D(24, 6), "narrow": Conv1D(6, 24)})
+    plain = nn.ModuleDict({name: nn.Linear(*layer.weight.shape) for name, layer in stored.items()})
+    for name, layer in plain.items():
+        layer.weight.data = stored[name].weight.detach().T.clone()
+    optimizers = [create_sfw(m, text, scope=scope, lr=0.1, include=["*"]) for m in (stored, plain)]
+    for name, layer in plain.items():
+        assert torch.equal(stored[name].weight.T, layer.weight)  # both were shrunk alike
+        layer.weight.grad = torch.randn_like(layer.weight)
+        stored[name].weight.grad = layer.weight.grad.T.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, layer in plain.items():
+        torch.testing.assert_close(stored[name].weight.T, layer.weight)
 
 
 def test_neither_the_model_nor_the_generator_is_touched_without_shrinking():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from hf_compress.methods.sfw import create_sfw, init
@@ -69,9 +71,9 @@ def test_slopes_are_those_of_finite_differences():
     groups = [g for g in opt.param_groups if g["constraint"] is not None]
     weights = {g["param_names"][0]: g["params"][0] for g in groups}
     names = {id(p): n for n, p in weights.items()}
-    joined = [init._joined(three[0], three[1]), init._joined(three[0], three[2])]
+    pairs = [(three[0], three[1]), (three[0], three[2])]
     with init._measuring(model):
-        slopes = init._slopes(model, groups, weights, loss, *joined, names)
+        slopes = init._slopes(model, groups, weights, loss, *pairs, names)
     _, vertices = loss_after_one_step(model, opt, [1.0, 1.0], three)
     for i, slope in enumerate(slopes.tolist()):
         up, down = ([1.0 + (h if j == i else 0.0) for j in range(2)] for h in (1e-6, -1e-6))
@@ -120,6 +122,37 @@ def test_a_weight_of_zeros_stays_where_it_is_beside_others_in_its_ball():
     assert set(scales) == {"0.weight", "4.weight"}
     assert not model[2].weight.any()
     assert scales["4.weight"] != 1
+
+
+def test_batches_of_different_lengths_count_by_their_samples():
+    """As of a text collator that pads to the longest: the slopes are those of the same samples in batches alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(9, 2, 6, dtype=torch.float64), torch.randint(0, 4, (9,))
+
+    def padded(batch, length):
+        return functional.pad(batch, (0, 0, 0, length - batch.shape[1])), y[: len(batch)]
+
+    def mean_loss(called, batch):  # padding has no say
+        return cross_entropy(called(batch[0][:, :2]).mean(1), batch[1])
+
+    scales = []
+    for lengths in ((2, 2, 2), (2, 5, 3)):
+        net = copy.deepcopy(model)
+        opt = create_sfw(net, REGION, lr=0.5, shrink=False, include=["*"])
+        parts = zip((x[:3], x[:4], x[:9]), lengths, strict=True)
+        scales.append(sfw_init(net, opt, iter([padded(*part) for part in parts]), mean_loss, 1, 0.1))
+    assert scales[0] == pytest.approx(scales[1], abs=1e-12)
+    assert set(scales[0].values()) != {1.0}
+
+
+def test_a_weight_that_the_loss_does_not_use_stays_where_it_is():
+    model = net()
+    model[2].add_module("unused", nn.Linear(3, 3).double())  # in a tanh, which calls nothing
+    opt = create_sfw(model, REGION, lr=0.5, shrink=False, include=["*"])
+    scales = sfw_init(model, opt, batches(), loss, 2)
+    assert scales["2.unused.weight"] == 1.0
+    assert scales["0.weight"] != 1.0
 
 
 def test_too_few_batches_and_a_broken_loss_are_named():

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 import hf_compress as hfc
+from hf_compress.methods.sfw import create_sfw
 from tests.conftest import image_samples, tiny_resnet, tiny_vit
 
 
@@ -71,8 +72,10 @@ def test_the_log_has_the_gap_of_the_steps_that_are_logged(tmp_path):
         {"constraint": "k_support"},
         {"constraint": "spectral_k_support"},
         {"constraint": "group_k_support", "group_by": "neurons"},
+        {"radius": "weights:1"},  # of the weights at the start, not of those of the checkpoint
+        {"sfw_init_steps": 2, "sfw_init_learning_rate": 0.1},
     ],
-    ids=lambda flags: " ".join(flags.values()),
+    ids=lambda flags: " ".join(map(str, flags.values())),
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, flags):
     whole = train(tmp_path, **flags, save_strategy="steps", save_steps=2)
@@ -81,6 +84,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, flags):
     assert largest_difference(whole, resumed) == 0
     with pytest.raises(ValueError, match="resume with the settings of the first run"):
         train(tmp_path / "other", **flags, k="0.3", resume=checkpoint)
+
+
+def test_the_radius_of_a_resumed_run_is_that_of_the_first(tmp_path, caplog):
+    whole = train(tmp_path, radius="weights:0.5", save_strategy="steps", save_steps=2)
+    caplog.clear()
+    resumed = train(tmp_path / "again", radius="weights:0.5", resume=str(tmp_path / "checkpoint-2"))
+    regions = [[str(group["constraint"]) for group in each.sfw.param_groups] for each in (whole, resumed)]
+    assert regions[0] == regions[1]
+    assert "scaled down" not in caplog.text
+    with pytest.raises(ValueError, match="resume with the settings of the first run"):
+        train(tmp_path / "other", radius="weights:0.6", resume=str(tmp_path / "checkpoint-2"))
 
 
 def test_neurons_are_trained_in_balls_and_cut(tmp_path, caplog):
@@ -119,6 +133,29 @@ def test_learning_rate_drops(tmp_path):
     assert rates == pytest.approx([0.3, 0.3, 0.3, 0.03, 0.03, 0.003], rel=1e-6)
 
 
+def test_drops_begin_anew_in_a_second_training(tmp_path):
+    trainer = train(tmp_path, lr_drops=[0.5])
+    first = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    trainer.train()
+    assert [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row] == first
+    assert len(set(first)) == 2
+
+
+def test_what_would_not_train_with_sfw_is_refused(tmp_path):
+    model, data = tiny_vit(), image_samples()
+    parts = {"model": model, "args": config(tmp_path), "train_dataset": data}
+    with pytest.raises(ValueError, match="SFW is an optimizer itself, and was given another one"):
+        hfc.SFWTrainer(**parts, optimizers=(torch.optim.AdamW(model.parameters()), None))
+    with pytest.raises(ValueError, match="SFW is an optimizer itself, and was given another one"):
+        hfc.SFWTrainer(**parts, optimizer_cls_and_kwargs=(torch.optim.AdamW, {}))
+    own = create_sfw(model, "l2", radius=1)
+    trainer = hfc.SFWTrainer(**parts, optimizers=(own, None))
+    trainer.train()
+    assert trainer.sfw is own
+    with pytest.raises(ValueError, match="weights are torch.bfloat16, which rounds the small steps of SFW away"):
+        train(tmp_path, tiny_vit().bfloat16())
+
+
 def test_clipping_is_off_unless_asked_for(tmp_path):
     assert config(tmp_path).max_grad_norm == 0
     free, clipped = train(tmp_path), train(tmp_path, max_grad_norm=1e-3)
@@ -137,6 +174,12 @@ def test_any_trainer_takes_the_mixin(tmp_path):
     family = trainer.build_family(["unstructured:0.9"], output_dir=tmp_path / "family")
     assert family.method == "sfw"
     assert family.recipe["constraint"] == "k_support(k=0.2, radius=init:1)"
+
+
+def test_k_may_be_a_number(tmp_path):
+    assert [config(tmp_path, k=k).constraint for k in (21, 0.5, "21", "0.5")] == [
+        f"k_support(k={k}, radius=init:1)" for k in (21, 0.5, 21, 0.5)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,10 @@ def test_what_does_not_fit_the_model_is_named_before_the_first_step(tmp_path):
         train(tmp_path, variants=["filters:0.5"], dense_epochs=1)
     with pytest.raises(ValueError, match=r"weights are torch.bfloat16, which rounds the small steps of TPP away"):
         train(tmp_path, tiny_resnet().bfloat16())
+    with pytest.raises(
+        ValueError, match="are frozen, so that no penalty could make it needless; unfreeze them, or set"
+    ):
+        train(tmp_path, tiny_resnet().requires_grad_(False))
     assert not list(tmp_path.glob("**/checkpoint-*"))
     optimizers = torch.optim.SGD(tiny_resnet().parameters(), 0.1), None
     with pytest.raises(ValueError, match="TPP makes new parameters, which an optimizer or scheduler that is passed"):

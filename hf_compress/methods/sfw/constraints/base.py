@@ -223,13 +223,13 @@ class Constraint(ABC):
         raise TypeError(f"{self.name} has no projection in closed form; shrink_ scales weights into it")
 
 
-def expected_norm(weight: torch.Tensor) -> float:
+def expected_norm(weight: torch.Tensor, output_dim: int = 0) -> float:
     """sqrt(out / 3), the norm that torch's default initialisation (uniform, a = sqrt 5) gives on average.
 
     It holds for Linear and Conv weights of any kernel and any groups. A tensor of one dimension counts as the scale of
     a norm layer, which is all ones.
     """
-    return math.sqrt(weight.shape[0] / 3) if weight.ndim > 1 else math.sqrt(max(weight.numel(), 1))
+    return math.sqrt(weight.shape[output_dim] / 3) if weight.ndim > 1 else math.sqrt(max(weight.numel(), 1))
 
 
 def count_of(k: float, total: int) -> int:
