@@ -34,6 +34,13 @@ RECIPES = {
     "minilm_squad_cram": "--train_file {qa}/train.parquet --eval_file {qa}/validation.parquet --max_train_samples 4000 "
     "--model_name_or_path {minilm_l6} --bf16 true",
 }
+DATA = {  # what a manifest does not know, as the first of the limits
+    "cifar10_resnet20_cram_tune": "The data are a lossy JPEG copy of CIFAR-10: numbers are comparable with each other, "
+    "not with published ones. The training began with a trained ResNet-20.",
+    "minilm_squad_cram": "The training saw 4,000 questions of the form of SQuAD, in bfloat16: numbers are comparable "
+    "with each other, not with published ones.",
+}
+LIMITS = "## Limits\n\n"
 HERE = Path(__file__).parent
 OWNER = "hf-compress"  # of the repositories that the snippets name
 
@@ -63,7 +70,9 @@ def make(recipe: str, flags: list[str], card: Path, folder: Path) -> None:
     family = hfc.load_family(folder / "_family")
     shutil.rmtree(card, ignore_errors=True)
     (card / "plots").mkdir(parents=True)
-    (card / "README.md").write_text(render_card(family, f"{OWNER}/{recipe.replace('_', '-')}"))
+    text = render_card(family, f"{OWNER}/{recipe.replace('_', '-')}")
+    known = f"{LIMITS}- {DATA[recipe]}\n" if recipe in DATA else LIMITS
+    (card / "README.md").write_text(text.replace(LIMITS, known))
     for name in ("family.json", "plots/sparsity.png"):
         shutil.copyfile(family.folder / name, card / name)
 

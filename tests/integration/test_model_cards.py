@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -43,3 +44,12 @@ def test_the_picture_is_that_of_the_run_and_no_path_of_a_machine_is_told(card):
     assert manifest.recipe["method"] == recipes[0]["method"]
     for name in ("family.json", "README.md"):
         assert not re.search(r"/(tmp|home|root|work)/", (card / name).read_text()), name
+
+
+def test_cards_say_what_data_a_manifest_does_not_know(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "benchmarks")
+    known = importlib.import_module("model_cards").DATA
+    local = {card.name for card in CARDS if "local" in read_manifest(card).recipe}
+    assert set(known) == local
+    for name, text in known.items():
+        assert f"## Limits\n\n- {text}\n" in (ROOT / "model_cards" / name / "README.md").read_text()
