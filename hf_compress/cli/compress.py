@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,18 @@ from ..family import build_family
 from ..family.build import save_checkpoint
 from ..family.coded import round_rest_
 from ..family.footprint import disk_bytes
-from ..family.manifest import MANIFEST, commit_folder, start_folder
+from ..family.manifest import MANIFEST, check_target, commit_folder, start_folder
 from ..family.storage import STORAGES, as_plain, changes_shapes, check_storage
 from ..family.table import format_size
-from ..loading.base import IF_THERE
 from ..loading.statistics import StatisticsPack, explained, find_pack, renew_
+from ..loading.timm_classes import timm_class
 from ..oneshot import CompressionReport
 from ..oneshot import compress as compress_model
-from ..patterns import Pattern, parse_pattern
+from ..patterns import LowRank, Pattern, parse_pattern
+from ..patterns.groups import Grouped
 from ..structure import describe
+from .processors import load_processors, say_left_out
 from .table import VariantPrinter
-
-# A tokenizer has one of these; without any, transformers makes up an empty one.
-_TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "spm.model",
-    "vocab-src.json",
-    "prophetnet.tokenizer",
-    "tekken.json",
-)
 
 
 def compress(argv: Sequence[str]) -> None:
@@ -49,13 +34,14 @@ def compress(argv: Sequence[str]) -> None:
     if not patterns and args.storage != "dense":
         raise ValueError("no --pattern: give one, such as --pattern unstructured:0.8, or --storage dense alone")
     check_storage(args.storage, patterns)
+    _check_flags(args, patterns)
     target = Path(args.output_dir).absolute()
     if len(patterns) < 2:
         _check_empty(target)
+    check_target(target)  # now rather than when the model is loaded
     model, processing_class = load_checkpoint(args.model, args.revision)
     model = as_plain(model)
     if len(patterns) > 1:
-        _fold_and_round(model, args)
         printer = VariantPrinter()
         family = build_family(
             model,
@@ -68,11 +54,14 @@ def compress(argv: Sequence[str]) -> None:
             multiple_of=args.multiple_of,
             storage=args.storage,
             statistics=_statistics(model, args),
+            before_save=lambda variant: _fold_and_round(variant, args),
             progress=printer,
         )
+        say_left_out(args.model, args.revision, family.path_to(family.dense))
         printer.finish(family)
         return
     report = _write_one(model, processing_class, patterns[0] if patterns else None, target, args)
+    say_left_out(args.model, args.revision, target)
     needs_us = "; it loads after `import hf_compress`" if args.storage == "coded" or describe(model) else ""
     if report is None:
         print(f"saved {args.output_dir}: plain tensors{needs_us}")
@@ -129,11 +118,28 @@ def _write_one(
                 print(explained(problem))
         _fold_and_round(model, args)
         save_checkpoint(model, processing_class, partial, pattern, args.include, args.exclude, args.storage)
-        commit_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    commit_folder(partial, target)  # which keeps the folder where it fails
     return report
+
+
+def _check_flags(args: Any, patterns: Sequence[Pattern]) -> None:
+    """ValueError for a flag that would change nothing."""
+    if args.multiple_of < 1:
+        raise ValueError(f"multiple_of is a whole number of at least 1, got {args.multiple_of!r}")
+    if args.multiple_of > 1 and not args.remove:
+        raise ValueError(
+            f"--multiple_of {args.multiple_of} rounds the widths that --remove leaves: pass --remove too, or drop it"
+        )
+    if args.remove and not any(isinstance(pattern, (LowRank, Grouped)) for pattern in patterns):
+        raise ValueError(
+            "remove=True changes shapes, which low_rank:SHARE, filters:SHARE, neurons:SHARE and heads:SHARE can; "
+            f"{', '.join(map(str, patterns)) or 'no pattern'} writes zeros or rounds: drop it"
+        )
+    if (args.include or args.exclude) and not patterns and not args.half_rest:
+        raise ValueError("--include and --exclude choose what a --pattern compresses: give one, or drop them")
 
 
 def _fold_and_round(model: Any, args: Any) -> None:
@@ -170,53 +176,49 @@ def load_checkpoint(name: str, revision: str | None = None) -> tuple[Any, Any]:
 
     if (Path(name) / MANIFEST).is_file():
         raise ValueError(f"{name} is a family; give one of its checkpoints, such as {Path(name) / 'dense'}")
+    if revision is not None and Path(name).exists():
+        raise ValueError(f"{name} is on this disk, where it has no revisions: --revision is of a Hub id; drop it")
     unreadable = (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ImportError, StrictDataclassError)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         architecture = (config.architectures or [None])[0]
         if isinstance(config, transformers.TimmWrapperConfig):
-            architecture = "TimmWrapperForImageClassification"
+            architecture = timm_class(config.to_dict())
             # timm's own files give num_classes here too, and transformers passes it a second time.
             config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        model_class = getattr(transformers, architecture or "AutoModel", None)
-        if model_class is None:
-            raise ValueError(f"{name} was saved by {architecture}, which this transformers does not have")
-        model, info = model_class.from_pretrained(
-            name, config=config, revision=revision, dtype="auto", output_loading_info=True
+        model, info = _model_class(name, architecture).from_pretrained(
+            name,
+            config=config,
+            revision=revision,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except unreadable as error:
         where = "" if Path(name).exists() else "there is no such folder here, and as a Hub id: "
         raise ValueError(f"cannot load {name}: {where}{error}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"cannot load {name}: it comes with code of its own, and models with code of their own are not supported; "
+            "give one of a class that transformers has"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} is incomplete: it lacks {len(missing)} weights of {architecture}, first {missing[0]}")
-    return model, _load_processor(name, revision)
+    return model, load_processors(name, revision)
 
 
-def _load_processor(name: str, revision: str | None) -> Any:
-    """Tokenizer, image processor or both of a checkpoint; None where it has no file of one."""
+def _model_class(name: str, architecture: Any) -> Any:
+    """The class that saved a checkpoint; ValueError for what is none of transformers' models."""
     import transformers
-    from transformers.utils import cached_file
 
-    def has(*files: str) -> bool:
-        return any(cached_file(name, file, revision=revision, **IF_THERE) is not None for file in files)
-
-    kinds: list[Any] = []
-    problem: Exception | None = None
-    has_tokenizer = has(*_TOKENIZER_FILES)
-    if has_tokenizer or has("processor_config.json"):
-        kinds += [transformers.AutoProcessor]
-    if has_tokenizer:
-        kinds += [transformers.AutoTokenizer]
-    if has("preprocessor_config.json"):
-        kinds += [transformers.AutoImageProcessor, transformers.AutoFeatureExtractor]
-    if has("video_preprocessor_config.json"):
-        kinds += [transformers.AutoVideoProcessor]
-    for kind in kinds:
-        try:
-            return kind.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            problem = error
-    if problem:
-        print(f"left out: the tokenizer or processor of {name}, which cannot be loaded: {problem}", file=sys.stderr)
-    return None
+    if architecture is None:
+        return transformers.AutoModel
+    found = getattr(transformers, architecture, None)
+    if found is None:
+        raise ValueError(f"{name} was saved by {architecture}, which this transformers does not have")
+    if not hasattr(found, "base_model_prefix"):  # a function, a config, a tokenizer
+        raise ValueError(f"{name} was saved by {architecture}, which is no model of transformers")
+    return found

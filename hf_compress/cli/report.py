@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..family import Family, is_family, load_family
@@ -47,8 +48,17 @@ def report(argv: Sequence[str]) -> None:
         raise ValueError("--json writes files only to a given --output_dir; give one for the page of --html")
     folder = Path(args.output_dir or Path("out", "report", _name(args.model)))
     writes = args.output_dir is not None or not args.json
-    if writes:
-        _make(folder)
+    made = _make(folder) if writes else []
+    try:
+        _report(args, folder, writes)
+    except BaseException:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+        raise
+
+
+def _report(args: argparse.Namespace, folder: Path, writes: bool) -> None:
     # A family on the Hub has its dense checkpoint on main: what is asked of weights is asked of that one.
     is_of_weights = not Path(args.model).is_dir() and (args.pattern or args.include or args.exclude)
     if not is_of_weights and is_family(args.model, args.revision):
@@ -102,14 +112,16 @@ def _name(model: str) -> str:
     return f"{path.parent.name}{stem}" if stem.startswith("_") else stem
 
 
-def _make(folder: Path) -> None:
-    """A folder that cannot be written fails before the work."""
+def _make(folder: Path) -> list[Path]:
+    """A folder that cannot be written fails before the work; those that are new, from the inside out."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write to {folder}: permission denied; choose another --output_dir")
+    return made
 
 
 def _show_progress(done: int, count: int) -> None:

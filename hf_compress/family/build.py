@@ -59,6 +59,7 @@ def build_family(
     multiple_of: int = 1,
     storage: str | None = None,
     trained: Mapping[str, Any] | None = None,
+    before_save: Callable[[Any], None] | None = None,
     progress: Callable[[Variant], None] | None = None,
 ) -> Family:
     """Save a model and variants of it, each cut in one shot from the saved dense checkpoint, with measured numbers.
@@ -91,11 +92,13 @@ def build_family(
         storage: of variants: "coded" for entropy-coded ones of few bits, "dense" for plain tensors, None for what fits.
         trained: pattern to model, of variants that were trained rather than cut; of the class of `model`, with latents
             where LilNetX trained it.
+        before_save: changes the model of a variant that was cut, in place, when its batch norms have their statistics.
         progress: called with every variant when it is done, the dense checkpoint first.
 
     Raises:
         ValueError: for a wrong pattern, two with one revision, a model that cannot be saved, or a folder that holds
             something else. Nothing is left behind then.
+        OSError: if the disk is full, or the finished folder cannot take its place; it is kept and named then.
     """
     model = unwrap(model)
     _check_arguments(model, calibration_data, recipe)
@@ -109,18 +112,19 @@ def build_family(
     job = _Job(model, partial, evaluate, calibration_data, calibration_samples, example_inputs)
     job.processing_class, job.include, job.exclude = processing_class, include, exclude
     job.remove, job.multiple_of, job.storage = remove, multiple_of, storage
-    job.statistics = statistics
+    job.statistics, job.before_save = statistics, before_save
     job.patterns, job.slider_shares = [p for p in cut if p not in made], slider_shares
     try:
         with _without_progress_bars():
             dense, *variants = job.checkpoints(cut, made, progress)
         parts = dense, tuple(variants)
         manifest = Manifest(partial, method, task, _base_model(model), *parts, recipe or {}, _versions(), files={})
-        run_on_main(lambda: _finish(manifest, target))
+        run_on_main(lambda: _finish(manifest))
     except BaseException:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    run_on_main(lambda: commit_folder(partial, target))  # which keeps the folder where it fails
     return load_family(target)
 
 
@@ -154,6 +158,7 @@ class _Job:
     patterns: Sequence[Pattern] = ()
     slider_shares: Sequence[float] = ()
     statistics: StatisticsPack | None = None
+    before_save: Callable[[Any], None] | None = None
 
     def checkpoints(
         self, patterns: Sequence[Pattern], made: Mapping[Pattern, Any], progress: Callable[[Variant], None] | None
@@ -206,6 +211,8 @@ class _Job:
             sizes = (self.multiple_of, self.example_inputs) if remove else ()
             report = compress(model, pattern, self.include, self.exclude, remove, *sizes)
             self._calibrate(model, pattern, remove)
+            if self.before_save is not None:
+                self.before_save(model)
         folder = self.folder / name
         kind = self.storage if pattern is not None else None
         options = kind, self.example_inputs if self.remove else None
@@ -282,10 +289,9 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _finish(manifest: Manifest, target: Path) -> None:
+def _finish(manifest: Manifest) -> None:
     plot_family(manifest, manifest.folder / "plots" / "sparsity")
     write_manifest(manifest)
-    commit_folder(manifest.folder, target)
 
 
 def _first_sample(batches: Iterable[Any]) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ class Family(Manifest):
 
         Args:
             repo_id: "name", "user/name" or "organisation/name"; made if it is not there.
-            private: of a new repository, and a new collection.
+            private: of a new repository; own repositories and the collection are as private as that of the family.
             token: with write access, the one of `hf auth login` by default.
             commit_message: of every commit.
             create_pr: leave main as it is and open a pull request with what is new there. Revisions of variants are
@@ -96,8 +96,8 @@ class Family(Manifest):
             Where it is, and the commit of each revision (None where nothing had changed).
 
         Raises:
-            ValueError: if a file differs from its hash, the repository holds something else than a family, or this
-                family was itself read from the Hub.
+            ValueError: if a file differs from its hash, the repository holds something else than a family or is public
+                while `private` is asked for, or this family was itself read from the Hub.
             OSError: if the Hub refuses or cannot be reached.
         """
         if self.repo_id is not None:

@@ -43,10 +43,10 @@ def join(family: Manifest, other: Manifest) -> Path:
         joined = Manifest(**{**own, "folder": partial, "variants": (*family.variants, *added), "recipe": recipe})
         plot_family(joined, partial / "plots" / "sparsity")
         write_manifest(joined)
-        commit_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    commit_folder(partial, target)  # which keeps the folder where it fails
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ MANIFEST = "family.json"
 SCHEMA = 1
 JOINED = "trained"  # key of a recipe: revision to recipe, of variants that have joined from other trainings
 LOCAL = "local"  # key of a recipe: flags that it lacks, since they named paths of the machine of the training
+_LARGEST = 2**53  # whole numbers below are exact in JavaScript too
+_LATENCY = {"milliseconds", "dense_milliseconds", "device", "threads", "batch_size"}
 _T = TypeVar("_T")
 
 
@@ -104,21 +107,33 @@ def write_manifest(manifest: Manifest) -> None:
     (manifest.folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def start_folder(target: Path) -> Path:
-    """A new folder beside `target`, to be filled and committed.
-
-    Raises:
-        ValueError: if `target` is something else than an empty folder or an older family, or cannot be written.
-    """
+def check_target(target: Path) -> None:
+    """ValueError where no finished folder can take this place: a mount point, a file, a folder of something else."""
+    target = target.resolve()
+    if _is_mount_point(target):
+        raise ValueError(
+            f"{target} is a mount point, whose place no other folder can take; choose a folder in it, such as "
+            f"{target / 'family'}"
+        )
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise ValueError(f"{target} is not empty and holds no family; choose another folder")
+
+
+def start_folder(target: Path) -> Path:
+    """A new folder beside `target`, to be filled and committed; of a link to a folder, beside what it points to.
+
+    Raises:
+        ValueError: as `check_target`, or if it cannot be written.
+    """
+    check_target(target)
+    target = target.resolve()
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
-    if old.is_dir() and not target.exists():
+    if old.is_dir() and not old.is_symlink() and not target.exists():
         old.rename(target)  # a process died between the two renames of a commit
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
         partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"cannot write to {target.parent}: {error.strerror}; choose another output folder") from error
@@ -126,25 +141,56 @@ def start_folder(target: Path) -> Path:
 
 
 def commit_folder(partial: Path, target: Path) -> None:
-    """Flush everything to disk and put the new folder in the place of `target`; an older one goes last."""
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+    """Flush everything to disk and put the new folder in the place of `target`; an older one goes last.
+
+    Raises:
+        OSError: if the system refuses; the new folder is whole then, and stays where it is.
+    """
+    target = target.resolve()
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
     try:
-        partial.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        _clear(old)
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    except OSError as error:
+        raise OSError(
+            f"cannot put {partial} in the place of {target}: {error.strerror}; the folder is finished and stays where "
+            "it is: move it away before the next run"
+        ) from error
     _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
+
+
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    mounts = Path("/proc/self/mountinfo")  # a folder of the same file system can be mounted too
+    lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines() if mounts.is_file() else []
+    places = (line.split(" ")[4] for line in lines)
+    return str(folder) in (re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place) for place in places)
+
+
+def _clear(leftover: Path) -> None:
+    """Of a link only the link goes."""
+    if leftover.is_symlink():
+        leftover.unlink()
+    else:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():  # which it opens as no file
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -173,7 +219,41 @@ def _parse(folder: Path, content: Any) -> Manifest:
             raise ValueError(f"{variant.revision!r:.80} is no revision of ours")
         if not manifest.files_of(variant):
             raise ValueError(f"{variant.path!r} is not inside the folder, or holds no file")
+        _check_numbers(variant)
+    _check_names(manifest)
     return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Each checkpoint has a folder and a revision of its own, which its pattern gives; main is of the dense one."""
+    if (manifest.dense.pattern, manifest.dense.revision) != (None, "main"):
+        raise ValueError("the dense checkpoint has no pattern, and the revision main")
+    paths, revisions = {PurePosixPath(manifest.dense.path), PurePosixPath("main")}, {"main"}
+    for variant in manifest.variants:
+        wanted = parse_pattern(variant.pattern or "").revision
+        if variant.revision != wanted:
+            raise ValueError(f"the revision of {variant.pattern} is {wanted}, got {variant.revision!r:.80}")
+        path = PurePosixPath(variant.path)
+        if path in paths or wanted in revisions:
+            raise ValueError(f"{variant.path!r:.80} or {wanted!r} is the name of two checkpoints")
+        paths.add(path)
+        revisions.add(wanted)
+
+
+def _check_numbers(variant: Variant) -> None:
+    """Whole numbers are those of files and models, others are finite, and times can be divided by."""
+    times = {} if variant.latency is None else variant.latency
+    for name, value in [*vars(variant).items(), *variant.metrics.items(), *times.items()]:
+        is_huge = isinstance(value, int) and abs(value) >= _LARGEST
+        if is_huge or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} of {variant.revision} is not finite, or larger than any file or model")
+    if variant.latency is None:
+        return
+    if lacking := sorted(_LATENCY - times.keys()):
+        raise ValueError(f"latency of {variant.revision} lacks {', '.join(lacking)}")
+    for name in ("milliseconds", "dense_milliseconds"):
+        if not _fits(times[name], float) or times[name] <= 0:
+            raise ValueError(f"latency of {variant.revision} has {name} {times[name]!r:.40}, which is no time above 0")
 
 
 def _typed(kind: type[_T], content: Any) -> _T:

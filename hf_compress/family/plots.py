@@ -11,6 +11,9 @@ from .variant import Variant
 
 _INK, _QUIET, _LINE, _POINT = "#1a1a1a", "#8a8a8a", "#2a6fbb", "#d1603d"
 
+# A $ in the name of a metric or a folder is no formula; names inside SVG files are drawn at random without a salt.
+LOOKS: Any = {"text.parse_math": False, "svg.hashsalt": "hf_compress"}
+
 
 def plot_family(family: Manifest, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg.
@@ -26,14 +29,13 @@ def plot_family(family: Manifest, stem: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw(axes, family, variants, metric)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    figure.savefig(paths[0], dpi=160, metadata={"Software": None})
-    with rc_context({"svg.hashsalt": "hf_compress"}):  # names inside the file are drawn at random otherwise
+    with rc_context(LOOKS):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(figure.add_subplot(), family, variants, metric)
+        figure.savefig(paths[0], dpi=160, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
@@ -75,7 +77,7 @@ def _draw(axes: Any, family: Manifest, variants: list[Variant], metric: str) -> 
 
 def _saved(variant: Variant, dense: Variant) -> float:
     """What a variant no longer has: bytes where they are coded, else parameters, else weights that are not zero."""
-    if variant.storage == "coded":
+    if variant.storage == "coded" and dense.bytes:
         return max(0.0, 1 - variant.bytes / dense.bytes)
     return share_removed(variant, dense) or variant.sparsity
 

@@ -58,7 +58,7 @@ def format_count(count: int) -> str:
     """A number in thousands, millions or thousands of millions, up to the letter of its unit: "12 ", "1.2 k"."""
     size, unit = float(count), ""
     for unit in ("", "k", "M", "G"):
-        if size < 1000 or unit == "G":
+        if round(size, 1) < 1000 or unit == "G":
             break
         size /= 1000
     return f"{size:.0f} {unit}" if not unit else f"{size:.1f} {unit}"

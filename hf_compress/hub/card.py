@@ -15,6 +15,7 @@ from ..family.manifest import JOINED, LOCAL, Manifest
 from ..family.table import is_less_better, main_metric, table_rows
 from ..family.variant import Variant
 from ..loading.statistics import AS_TRAINED, STATISTICS, StatisticsPack
+from ..loading.timm_classes import timm_class
 from .download import own_repository
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -88,7 +89,7 @@ def render_variant_card(manifest: Manifest, variant: Variant, repo_id: str, own_
     rows = table_rows(manifest)
     own = rows[1 + manifest.checkpoints.index(variant)]
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=_tags(manifest), pipeline_tag=manifest.task),
+        ModelCardData(library_name="transformers", tags=_tags(manifest), pipeline_tag=_task_of_hub(manifest)),
         template_path=str(_TEMPLATES / "variant.md"),
         repo_id=repo_id,
         place=_places(repo_id, own_repositories),
@@ -159,7 +160,7 @@ def _card_data(manifest: Manifest, repo_id: str, metric: str | None) -> ModelCar
         base_model=manifest.base_model if _is_hub_name(manifest.base_model) else None,
         datasets=dataset,
         library_name="transformers",
-        pipeline_tag=manifest.task,
+        pipeline_tag=_task_of_hub(manifest),
         tags=_tags(manifest),
         metrics=[metric] if metric else None,
         model_name=repo_id.split("/")[-1] if results else None,
@@ -169,13 +170,18 @@ def _card_data(manifest: Manifest, repo_id: str, metric: str | None) -> ModelCar
 
 def _result(manifest: Manifest, variant: Variant, metric: str, value: float, dataset: str) -> EvalResult:
     return EvalResult(
-        task_type=manifest.task or "other",
+        task_type=_task_of_hub(manifest) or "other",
         dataset_type=dataset,
         dataset_name=dataset,
         metric_type=metric,
         metric_value=round(value, 6),
         metric_name=metric if variant.pattern is None else f"{metric}, {variant.pattern} (revision {variant.revision})",
     )
+
+
+def _task_of_hub(manifest: Manifest) -> str | None:
+    """What the Hub calls the task; it knows tasks by what a model does, not by how it was trained."""
+    return "text-generation" if manifest.task == "supervised-finetuning" else manifest.task
 
 
 def _tags(manifest: Manifest) -> list[str]:
@@ -197,7 +203,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     # What timm wrote, or an older transformers, names no class.
     if config.get("model_type") == "timm_wrapper":
-        config["architectures"] = ["TimmWrapperForImageClassification"]
+        config["architectures"] = [timm_class(config)]
     return config
 
 

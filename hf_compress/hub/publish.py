@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..family.manifest import MANIFEST, Manifest, sha256
@@ -61,6 +61,7 @@ def publish(
     _check_secrets(manifest, token)
     repo = retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     push = _Push(manifest, api, repo.repo_id, retry, commit_message, private, create_pr, overwrite, own_repositories)
+    push.inherit_privacy()
     push.check_ours(repo.repo_id, lambda: MANIFEST in api.list_repo_files(repo.repo_id))
     commits = push.all_revisions()
     if retry.met_another_push:  # its variants may stand where ours are named
@@ -119,6 +120,31 @@ class _Push:
         if manifest.recipe:
             wanted[RECIPE] = render_recipe(manifest).encode()
         return wanted
+
+    def inherit_privacy(self) -> None:
+        """Own repositories and the collection are private where the family's repository is.
+
+        Raises:
+            ValueError: for a repository that is there and public, where a private one is asked for or inherited.
+        """
+        is_private = self._is_private(self.repo_id)
+        public = [self.repo_id] if self.private and not is_private else []
+        if self.own_repositories and (self.private or is_private):
+            own = (own_repository(self.repo_id, variant) for variant in self.manifest.variants)
+            public += [name for name in own if self._is_private(name) is False]
+        if public:
+            raise ValueError(
+                f"{', '.join(public)} is public on the Hub, while the family is to be private; nothing was sent: make "
+                "it private in its settings there, or choose another name"
+            )
+        self.private = is_private
+
+    def _is_private(self, repo_id: str) -> bool | None:
+        """None for a repository that is not there yet."""
+        try:
+            return bool(self.retry(lambda: self.api.model_info(repo_id)).private)
+        except RepositoryNotFoundError:
+            return None
 
     def check_ours(self, repo_id: str, is_ours: Callable[[], bool]) -> None:
         """ValueError for a repository with weights that is somebody's model, unless it may be overwritten."""

@@ -39,14 +39,21 @@ class StatisticsPack:
     exclude: Sequence[str] | None = None
 
     def save(self, folder: Path) -> None:
-        """Write `batch_norm.safetensors`; float32, some kilobytes a pattern."""
+        """Write `batch_norm.safetensors`; float32, some kilobytes a pattern.
+
+        Raises:
+            OSError: if the disk is full.
+        """
         flat = {
             f"{pattern} {name}": tensor.detach().float().cpu().contiguous()
             for pattern, named in self.tensors.items()
             for name, tensor in named.items()
         }
         globs = {key: json.dumps(getattr(self, key)) for key in ("include", "exclude")}
-        save_file(flat, folder / STATISTICS, metadata={"format": "pt", "schema": _SCHEMA, **globs})
+        try:
+            save_file(flat, folder / STATISTICS, metadata={"format": "pt", "schema": _SCHEMA, **globs})
+        except SafetensorError as error:  # which is no OSError, whatever the system said
+            raise OSError(f"cannot write {folder}: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> StatisticsPack:

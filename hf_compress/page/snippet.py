@@ -12,6 +12,7 @@ from ..family.variant import Variant
 from ..hub.card import AUTO_CLASSES
 from ..hub.download import CARD, own_repository
 from ..loading.base import IF_THERE
+from ..loading.timm_classes import timm_class
 from ..report import CheckpointReport
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -23,7 +24,7 @@ def class_of(family: Manifest) -> str:
         return AUTO_CLASSES[family.task]
     config = _dense_config(family)
     if config.get("model_type") == "timm_wrapper":
-        return "AutoModelForImageClassification"
+        return "AutoModel" if timm_class(config) == "TimmWrapperModel" else "AutoModelForImageClassification"
     names = config.get("architectures")
     return _class_name(names[0] if isinstance(names, list) and names else None)
 
@@ -64,9 +65,11 @@ def cut_while_loading(report: CheckpointReport, pattern: str | None, revision: s
     place = quote(report.model) + (f", revision={quote(revision)}" if revision else "")
     if pattern is None:
         return f"from transformers import {class_name}\n\nmodel = {class_name}.from_pretrained({place})"
+    globs = {"include": report.include, "exclude": report.exclude}
+    chosen = [f", {name}=[{', '.join(map(quote, value))}]" for name, value in globs.items() if value is not None]
     return (
         f"from transformers import {class_name}\n\nfrom hf_compress import HfCompressConfig\n\n"
-        f"config = HfCompressConfig({quote(pattern)})\n"
+        f"config = HfCompressConfig({quote(pattern)}{''.join(chosen)})\n"
         f"model = {class_name}.from_pretrained({place}, quantization_config=config)"
     )
 

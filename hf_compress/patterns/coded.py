@@ -27,7 +27,8 @@ class Coded(Pattern):
     label: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.]*|", self.label) or self.label.endswith((".", ".lock")):
+        is_ref = ".." not in self.label and not self.label.endswith((".", ".lock"))  # as git wants them
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.]*|", self.label) or not is_ref:
             raise ValueError(
                 f"a label has small letters, digits and dots inside, got {self.label!r}; allowed: {_FORMS}"
             )

@@ -76,9 +76,11 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
     Raises:
         ValueError: if there is no such checkpoint, it is pickled, a file is missing, truncated or no safetensors
-            file, or its weights are packed integers.
+            file, its weights are packed integers, or a revision of something local is asked for.
     """
     path = Path(model)
+    if revision is not None and path.exists():
+        raise ValueError(f"{model} is on this disk, where it has no revisions: --revision is of a Hub id; drop it")
     if path.is_file():
         files, index, config = [_unpickled(path)], None, None
     elif path.is_dir():
@@ -131,10 +133,10 @@ Files = tuple[list[Path], dict[str, Path] | None, Path | None]  # whole files, t
 
 def _in_folder(folder: Path) -> Files:
     config = folder / _CONFIG if (folder / _CONFIG).is_file() else None
+    if (folder / _WEIGHTS).is_file():  # which transformers loads, whatever an older index says
+        return [folder / _WEIGHTS], None, config
     if (folder / _INDEX).is_file():
         return [], _files_of_index(folder / _INDEX, lambda name: folder / name), config
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS], None, config
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found, None, config
@@ -162,10 +164,11 @@ def _on_hub(name: str, revision: str | None) -> Files:
     def need(file: str) -> Path:
         return Path(str(find(file, is_needed=True)))
 
-    config, index = find(_CONFIG), find(_INDEX)
+    config, whole = find(_CONFIG), find(_WEIGHTS)
+    index = None if whole else find(_INDEX)
     if index:
         return [], _files_of_index(index, need), config
-    return [need(_WEIGHTS)], None, config
+    return [whole or need(_WEIGHTS)], None, config
 
 
 def _files_of_index(index: Path, find: Callable[[str], Path]) -> dict[str, Path]:

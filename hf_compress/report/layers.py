@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..loading.timm_classes import timm_class
 from ..targets import Target, find_targets
 from .checkpoint import Checkpoint, one_line
 
@@ -104,7 +105,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[Any, str]:
         )
         architecture = (config.architectures or [None])[0]
         if isinstance(config, transformers.TimmWrapperConfig):
-            architecture = "TimmWrapperForImageClassification"
+            architecture = timm_class(config.to_dict())
             config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         with torch.device("meta"):
             if architecture is None:

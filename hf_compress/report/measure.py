@@ -74,7 +74,12 @@ def inspect_checkpoint(
         if progress is not None:
             progress(i + 1, len(layers.found))
     texts = [p.text for p in plans]
-    return _summary(checkpoint, layers, numbers, texts, _REFERENCE if _REFERENCE in texts else texts[0])
+    found = _summary(checkpoint, layers, numbers, texts, _REFERENCE if _REFERENCE in texts else texts[0])
+    return replace(found, include=_fixed(include), exclude=_fixed(exclude))
+
+
+def _fixed(globs: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if globs is None else (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _widest(dtypes: Sequence[str]) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..family.plots import LOOKS
 from ..patterns import Unstructured, parse_pattern
 from .result import CheckpointReport, LayerNumbers, PatternNumbers
 
@@ -29,11 +30,20 @@ def plot_report(report: CheckpointReport, stem: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = min(11.0, max(2.0, 0.19 * len(layers)))
-    figure = Figure(figsize=(11, 4.4 + rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3.1, rows + 1.3), hspace=0.03)
-    above, below = parts
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    with rc_context(LOOKS):
+        rows = min(11.0, max(2.0, 0.19 * len(layers)))
+        figure = Figure(figsize=(11, 4.4 + rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(figure, report, layers, rows)
+        figure.savefig(paths[0], dpi=130, metadata={"Software": None})
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _draw(figure: Any, report: CheckpointReport, layers: list[LayerNumbers], rows: float) -> None:
+    above, below = figure.subfigures(2, 1, height_ratios=(3.1, rows + 1.3), hspace=0.03)
     energy, size = above.subplots(1, 2)
     _draw_curves(energy, report, ("global", "layer"), lambda n: n.energy, "energy kept, %")
     _draw_curves(
@@ -43,12 +53,6 @@ def plot_report(report: CheckpointReport, stem: Path) -> list[Path]:
     millions = report.parameters / 1e6
     count = f"{millions:.{1 if millions >= 1 else 3}f} M parameters, {len(report.layers)} layers to compress"
     figure.suptitle(f"{Path(report.model).name}: {count}", x=0.01, ha="left", color=_INK, fontsize=12)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    with rc_context({"svg.hashsalt": "hf_compress"}):  # names inside the file are drawn at random otherwise
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
 
 
 def _draw_curves(

@@ -96,6 +96,8 @@ class CheckpointReport:
         bottlenecks: names of the layers by falling sensitivity to it.
         collapsed: names of the layers that keep less than 10 % of their energy under it.
         notes: what could not be measured, and what was assumed.
+        include: the globs that targets were chosen with, None for none.
+        exclude: the globs that targets were left out with, None for none.
     """
 
     model: str
@@ -111,6 +113,8 @@ class CheckpointReport:
     bottlenecks: tuple[str, ...]
     collapsed: tuple[str, ...]
     notes: tuple[str, ...]
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
 
     def to_json(self) -> str:
         """The report as text; numbers that do not exist are null."""

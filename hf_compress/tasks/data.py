@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def read_file(path: str) -> Dataset:
         raise ValueError(f"there is no file {path}")
     options = {"sep": "\t"} if kind == ".tsv" else {}
     try:
-        return load_dataset(_BUILDERS[kind], data_files=path, split="train", **options)
+        # It takes globs, and would read data1.csv for data[1].csv.
+        return load_dataset(_BUILDERS[kind], data_files=glob.escape(path), split="train", **options)
     except Exception as error:  # the readers of datasets raise errors of many kinds
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 

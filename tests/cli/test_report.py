@@ -154,3 +154,18 @@ def test_the_command_in_a_process_of_its_own(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert (tmp_path / "out" / "report" / "model" / "report.png").is_file()
+
+
+def test_what_cannot_be_reported_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no such folder here" in failure(capsys, "report", "no/such")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    failure(capsys, "report", "no/such", "--output_dir", "mine/deep/er")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_folder_with_a_revision_is_refused(model, tmp_path, capsys):
+    message = failure(capsys, "report", model, "--revision", "v1", "--output_dir", tmp_path / "out")
+    assert "--revision is of a Hub id" in message

@@ -82,13 +82,19 @@ def test_what_does_not_fit_is_refused_by_name(families, tmp_path):
 
 
 def test_names_in_a_manifest_of_others_choose_no_folder(families):
-    """A revision is a text of whoever wrote the manifest; the folder follows from the pattern."""
+    """A path is a text of whoever wrote the manifest; the folder follows from the pattern."""
     one, two = families
     content = json.loads((two.folder / "family.json").read_text())
-    content["variants"][0]["revision"] = "dense"
+    (two.folder / "filters-0.50").rename(two.folder / "other")
+    content["variants"][0]["path"] = "other"
+    content["files"] = {k.replace("filters-0.50/", "other/"): v for k, v in content["files"].items()}
     (two.folder / "family.json").write_text(json.dumps(content))
     joined = one.add(two.folder)
     assert joined.variants[-1].path == joined.variants[-1].revision == "filters-0.50"
+    content["variants"][0]["revision"] = "dense"
+    (two.folder / "family.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the revision of filters:0.5 is filters-0.50, got 'dense'"):
+        one.add(two.folder)
     content["variants"][0]["revision"] = "../../outside"
     (two.folder / "family.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is no revision of ours"):

@@ -204,3 +204,12 @@ def test_a_local_base_model_is_no_link(tmp_path, monkeypatch, place):
     assert ModelCard(render_card(named, "me/x")).data.base_model == place
     (tmp_path / place).mkdir(parents=True)
     assert ModelCard(render_card(named, "me/x")).data.base_model is None
+
+
+def test_finetuned_language_models_write_texts_on_the_hub(family):
+    tuned = replace(family, task="supervised-finetuning")
+    for text in (render_card(tuned, "me/six"), render_variant_card(tuned, tuned.variants[0], "me/six")):
+        assert ModelCard(text).data.pipeline_tag == "text-generation"
+    data = ModelCard(render_card(tuned, "me/six")).data
+    assert {result.task_type for result in data.eval_results} == {"text-generation"}
+    assert "AutoModelForCausalLM" in render_card(tuned, "me/six")

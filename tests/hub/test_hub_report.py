@@ -7,11 +7,13 @@ import re
 from dataclasses import replace
 
 import pytest
+from huggingface_hub import HfApi
 
 from hf_compress.cli import run
 from hf_compress.cli.table import render
 from hf_compress.family import is_family, load_family
 from hf_compress.page import render_family
+from hf_compress.report.checkpoint import open_checkpoint
 from tests.cli.conftest import failure
 from tests.conftest import tiny_vit
 
@@ -63,3 +65,16 @@ def test_a_checkpoint_on_the_hub_is_asked_for_one_file_more(here, capsys):
 def test_a_class_without_a_task_is_that_of_the_config(published):
     page = render_family(replace(load_family("tester/six"), task=None))
     assert "from transformers import BertForSequenceClassification" in page
+
+
+def test_one_file_on_the_hub_goes_before_an_older_index(here, tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "vit", max_shard_size="8KB")
+    for shard in (tmp_path / "vit").glob("*.safetensors"):
+        shard.unlink()
+    tiny_vit().save_pretrained(tmp_path / "vit2")
+    (tmp_path / "vit2" / "model.safetensors").rename(tmp_path / "vit" / "model.safetensors")
+    HfApi(token=here.token).create_repo("tester/vit")
+    HfApi(token=here.token).upload_folder(repo_id="tester/vit", folder_path=tmp_path / "vit")
+    assert "model.safetensors.index.json" in here.repos["tester/vit"].files()
+    files = {stored.file.name for stored in open_checkpoint("tester/vit").tensors.values()}
+    assert files == {"model.safetensors"}

@@ -76,6 +76,27 @@ def test_own_repositories_in_a_collection(here, families, monkeypatch):
     assert found.path_to("2:4").is_dir()  # of the first one, from the history
 
 
+def test_own_repositories_of_a_private_family_are_private(here, families):
+    HfApi().create_repo("six", private=True)
+    families[0].push_to_hub("six", own_repositories=True)
+    assert len(here.repos) == 3
+    assert all(repo.private for repo in here.repos.values())
+    (collection,) = here.collections.values()
+    assert collection["private"]
+
+
+@pytest.mark.parametrize("name", ["six", "six-nm-2of4"])
+def test_a_public_repository_takes_no_private_family(here, families, capsys, name):
+    HfApi().create_repo(name)
+    assert run(["push", str(families[0].folder), "six", "--private", "--own_repositories"]) == 2
+    assert f"tester/{name} is public on the Hub, while the family is to be private; nothing was sent" in (
+        capsys.readouterr().err
+    )
+    assert not here.commit_requests()
+    assert run(["push", str(families[0].folder), "other", "--private"]) == 0
+    assert run(["push", str(families[0].folder), "other"]) == 0  # once more, as it is
+
+
 def test_cards_of_own_repositories_name_them(here, families):
     families[0].push_to_hub("six", own_repositories=True)
     card, page = (here.repos[name].files()["README.md"].decode() for name in ("tester/six", "tester/six-nm-2of4"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,3 +183,23 @@ def test_files_that_are_no_packs_are_errors(dense):
     edited(path, lambda tensors: None, include="[" * 100_000)
     with pytest.raises(ValueError, match="cannot be read"):
         slide(dense, "2:4")
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from hf_compress.loading.statistics import StatisticsPack
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    StatisticsPack({"unstructured:0": {"norm.running_mean": torch.zeros(5000)}}).save(Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no limit on the size of files")
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"cannot write {tmp_path}: ")

@@ -20,6 +20,7 @@ from hf_compress.cli import run
 from hf_compress.family.table import table_rows
 from hf_compress.page import render_checkpoint, render_family, save_page
 from hf_compress.page.kinds import kind_of
+from hf_compress.page.snippet import cut_while_loading
 from hf_compress.report import inspect_checkpoint
 from tests.cli.conftest import failure
 from tests.conftest import tiny_vit
@@ -225,6 +226,21 @@ def test_a_checkpoint(report):
     exec(next(row["snippet"] for row in rows if row["name"] == "2:4"), names)
     assert type(names["model"]).__name__ == report.architecture
     assert 'revision="v1"' in content_of(render_checkpoint(report, "v1"))["rows"][1]["snippet"]
+
+
+def test_snippets_cut_the_weights_that_were_reported(report):
+    globs = {"include": ["*mlp*"], "exclude": ["*layers.0*"]}
+    found = inspect_checkpoint(report.model, "unstructured:0.5", **globs)
+    snippet = content_of(render_checkpoint(found))["rows"][1]["snippet"]
+    names = {}
+    exec(snippet, names)
+    layers = names["model"].vit.layers
+    assert [(layer.mlp.fc1.weight == 0).float().mean().item() for layer in layers] == [0, pytest.approx(0.5, abs=0.1)]
+    assert (layers[1].attention.q_proj.weight != 0).all()
+    written = json.loads(found.to_json())
+    assert {key: written[key] for key in globs} == globs
+    strange = replace(found, include=(HOSTILE, "*'\"\n"))
+    ast.parse(cut_while_loading(strange, "2:4", None))
 
 
 def test_a_checkpoint_that_from_pretrained_cannot_load_has_no_snippets(tmp_path):

@@ -210,3 +210,17 @@ def test_a_hub_id_in_the_offline_cache(tmp_path, monkeypatch):
         ]
         with pytest.raises(ValueError, match="cannot find model.safetensors of me/net"):
             inspect_checkpoint("me/net", revision="other")
+
+
+def test_one_file_goes_before_an_older_index(sharded, folder):
+    """As in `from_pretrained`: what was saved again in one file leaves the index of its shards behind."""
+    for shard in sharded.glob("*.safetensors"):
+        shard.unlink()
+    (sharded / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert (sharded / "model.safetensors.index.json").is_file()
+    assert open_checkpoint(str(sharded)).tensors.keys() == open_checkpoint(str(folder)).tensors.keys()
+
+
+def test_a_folder_has_no_revisions(folder):
+    with pytest.raises(ValueError, match="is on this disk, where it has no revisions: --revision is of a Hub id"):
+        inspect_checkpoint(str(folder), revision="main")

@@ -205,8 +205,7 @@ def reparametrize(
             on slices takes the slices of as many outputs as one. 1 is published.
         decoders: "kind" for one decoder for all layers of a kind, such as "conv3x3", or "layer".
         include: globs on names, see `find_targets`.
-        exclude: globs on names, see `find_targets`. Weights that are frozen, or that several layers share,
-            stay what they are.
+        exclude: globs on names, see `find_targets`. Weights that are frozen or shared by layers stay what they are.
         seed: of what is drawn.
 
     Returns:
@@ -259,8 +258,7 @@ def _check_options(init: str, decoders: str, steps_per_std: float, boundary: flo
 def _check(targets: dict[str, Target], decoders: str) -> None:
     if not targets:
         raise ValueError(
-            "the model has no weights to code that are trained (Linear, ConvNd, Conv1D); name some by globs, as in "
-            "include=['*head*']"
+            "the model has no weights to code (Linear, ConvNd, Conv1D); name some by globs, as in include=['*head*']"
         )
     devices = sorted({str(target.parameter.device) for target in targets.values()})
     if len(devices) > 1 and decoders == "kind":
