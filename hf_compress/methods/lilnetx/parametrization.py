@@ -4,8 +4,7 @@ Girish et al., LilNetX: Lightweight Networks with EXtreme Model Compression and 
 (arXiv 2204.02965), after Oktay et al. 2020. A weight is cut into slices: the kernel of one input and output channel of
 a convolution, or some consecutive inputs of a Linear layer. One small matrix, the decoder, turns the whole numbers of
 every slice into weights; it has no bias, so that a slice of zeros stays one. The gradient of rounding is the identity.
-Where pretrained weights are kept and a decoder would outnumber them, as for the stem of a small net, slices have one
-entry.
+Where pretrained weights are kept and a decoder would outnumber them, as for a small net's stem, slices have one entry.
 
 A latent is kept in units of the weight, which is what the gain is for: learning rates mean for it what they mean for
 the weight itself. With a gain of 1 this is the published form.
