@@ -93,10 +93,10 @@ def test_a_ball_holds_all_weights_that_share_groups(build, kind):
         assert group["param_names"] == [n for n, part in parts.items() if part.of == of]
     others = {g["param_names"][0]: g for g in opt.param_groups if isinstance(g["constraint"], LpBall)}
     assert others.keys() == targets.keys() - parts.keys()
-    for group in others.values():
-        (weight,) = group["params"]
+    for name, group in others.items():
+        outputs = targets[name].parameter.shape[targets[name].output_dim]
         # The largest norm inside is 15 times the norm that torch's initialisation gives.
-        assert group["constraint"].size.value == pytest.approx(15 * (len(weight) / 3) ** 0.5)
+        assert group["constraint"].size.value == pytest.approx(15 * (outputs / 3) ** 0.5)
     assert {id(p) for g in opt.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
 
 
