@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
@@ -53,3 +54,5 @@ def test_the_readme_says_how_long_it_takes(everything):
         f"It prints its hours first, {hours:.0f} of one core without an accelerator, of which {plan:.0f} are\n"
         in readme
     )
+    gpu = yaml.safe_load((BENCHMARKS / "plans" / "gpu.yaml").read_text())["budget_hours"]
+    assert f"which needs one, is estimated at {gpu} hours of it" in readme
