@@ -66,7 +66,7 @@ JOBS = (
         + "--place cifar10={cifar10} --place resnet20_jpeg={resnet20_jpeg}", 720),
     Job("evidence", ("cifar10_sfw_radii",), PLAN % (("cifar10_sfw_radii",) * 3)
         + "--place cifar10={cifar10} --place resnet20_jpeg={resnet20_jpeg}", 65),
-    Job("evidence", ("cifar10_scratch",), PLAN % (("cifar10_scratch",) * 3) + "--place cifar10={cifar10}", 330),
+    Job("evidence", ("cifar10_scratch",), PLAN % (("cifar10_scratch",) * 3) + "--place cifar10={cifar10}", 180),
     Job("model_cards", (), "--output {cards} --recipe digits_cram digits_sfw digits_tpp digits_lilnetx", 6),
     Job("model_cards", (), "--output {cards} --recipe cifar10_resnet20_cram_tune --place cifar10={cifar10} "
         "--place resnet20_jpeg={resnet20_jpeg}", 30),

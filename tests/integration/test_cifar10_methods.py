@@ -173,3 +173,15 @@ def test_the_radius_trades_accuracy_for_sparsity_as_weight_decay_does():
     assert f"the best of them stays {behind:.1f} points behind SGD at 95 %" in README
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)  # larger: more accurate when dense,
     assert [row[3] for row in rows] == sorted((row[3] for row in rows), reverse=True)  # and less so at 95 %
+
+
+def test_from_new_weights_sfw_is_a_small_gain(tables):
+    """A point above SGD tuned for cuts up to 80 %, level with it behind, and below SGD tuned dense when dense."""
+    result = json.loads((BENCHMARKS / "results" / "cifar10_scratch.json").read_text())
+    above = {p: by["difference"] for p, by in result["minus"]["k_sparse"]["sgd"].items()}
+    verdicts = {p: tables.verdict(result, "k_sparse", "sgd", p) for p in above}
+    less = ("dense", "unstructured:0.5", "unstructured:0.7", "unstructured:0.8")
+    assert all(verdicts[p] == "yes" and round(above[p]) == 1 for p in less)
+    assert {verdicts[p] for p in above if p not in less} == {"within the spread"}
+    below = -result["minus"]["k_sparse"]["sgd_dense"]["dense"]["difference"]
+    assert f"and {below:.1f} below SGD that was tuned dense when dense" in README

@@ -18,7 +18,12 @@ BENCHMARKS = ROOT / "recipes" / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 PLANS = sorted(plan.stem for plan in (BENCHMARKS / "plans").glob("*.yaml") if (RESULTS / f"{plan.stem}.json").is_file())
 
-QUOTED = {"digits_methods": ["best", "claims"], "minilm_qa": ["claims"], "cifar10_resnet20": ["best", "claims"]}
+QUOTED = {
+    "digits_methods": ["best", "claims"],
+    "minilm_qa": ["claims"],
+    "cifar10_resnet20": ["best", "claims"],
+    "cifar10_scratch": ["arms", "claims"],
+}
 
 
 @pytest.fixture
