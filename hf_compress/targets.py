@@ -118,6 +118,16 @@ def refuse_adapters(model: nn.Module, method: str) -> None:
         )
 
 
+def refuse_half_precision(model: nn.Module, method: str) -> None:
+    """ValueError for trained weights of two bytes, in which small steps are lost."""
+    dtype = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4), None)
+    if dtype is not None:
+        raise ValueError(
+            f"weights are {dtype}, which rounds the small steps of {method} away; load the model with "
+            "dtype=torch.float32, and set bf16=True for mixed precision"
+        )
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Target]]:
     seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in model.named_modules():

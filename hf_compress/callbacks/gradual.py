@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..distributed import local
-from ..patterns import Pattern, parse_pattern
-from ..patterns.groups import Grouped
-from ..patterns.masking import zero_
+from ..patterns import Pattern, Quantized, parse_pattern
 from .lock import HeldZeros
 
 logger = logging.get_logger(__name__)
@@ -126,10 +123,8 @@ class GradualPruning(HeldZeros):
         if pattern is None:
             return
         for part in getattr(pattern, "parts", (pattern,)):
-            if isinstance(part, Grouped):
-                part.compress_(self.targets)  # with the biases of what it removes
-        for name, mask in pattern.select(self.targets).items():
-            zero_(local(self.targets[name].parameter), local(mask))
+            if not isinstance(part, Quantized):  # rounding waits for the end
+                part.compress_(self.targets)
         self.hold()
 
 

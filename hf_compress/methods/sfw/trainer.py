@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.utils import logging
 
+from ...targets import refuse_half_precision
 from ...training import CompressionMixin, TrainingBatches
 from .config import SFWConfig
 from .factory import create_sfw
@@ -123,12 +124,7 @@ class SFWMixin(CompressionMixin):
             raise ValueError(f"SFW needs single weights, which FSDP1 flattens into one; {way_out} (fsdp_version: 2)")
         if getattr(self.model, "is_quantized", False):
             raise ValueError("SFW moves weights, and this model's are quantized; load it without quantization")
-        half = (p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype.itemsize < 4)
-        if (dtype := next(half, None)) is not None:
-            raise ValueError(
-                f"weights are {dtype}, which rounds the small steps of SFW away; load the model with "
-                "dtype=torch.float32, and set bf16=True for mixed precision"
-            )
+        refuse_half_precision(self.model, "SFW")
 
     @property
     def sfw(self) -> SFW:

@@ -18,7 +18,7 @@ from ...distributed import run_on_main
 from ...oneshot import merged_on_disk
 from ...patterns import distinct_patterns
 from ...structure import remove, write_description
-from ...targets import find_targets
+from ...targets import find_targets, refuse_half_precision
 from ...training import CompressionMixin
 from ...training_data import TrainingBatches, generators_kept
 from .config import TPPConfig
@@ -134,12 +134,7 @@ class TPPMixin(CompressionMixin):
                 f"TPP multiplies all rows of a layer with each other, and {name} deals them to the processes; launch "
                 "it with DistributedDataParallel (DDP): accelerate launch --multi_gpu"
             )
-        half = (p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype.itemsize < 4)
-        if (dtype := next(half, None)) is not None:
-            raise ValueError(
-                f"weights are {dtype}, which rounds the small steps of TPP away; load the model with "
-                "dtype=torch.float32, and set bf16=True for mixed precision"
-            )
+        refuse_half_precision(self.model, "TPP")
 
     def _try_out(self) -> None:
         """What would fail later fails now, on a copy: the choice, the penalty, the removal, names of variants."""
